@@ -1,0 +1,1 @@
+"""Benchmarks of bitwright: what its claims about quality and speed rest on."""

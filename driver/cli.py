@@ -1,0 +1,352 @@
+"""The ``bitwright`` program: every command is one public function with the same options.
+
+Exit codes: 0 done; 1 a correct request failed; 2 the input or the request has to change (nothing
+half-written is left behind), or the user stopped the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from bitwright.errors import BitwrightError, Interrupted, UsageError
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="bitwright",
+    help="Compiles ONNX models for mixed-precision accelerators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_options = {"debug": False}
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"bitwright {version('bitwright')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    _options["debug"] = debug
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command that ends with a message instead of a traceback."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _fail(Interrupted("interrupted", fix="nothing half-written was left behind"))
+        except BitwrightError as error:
+            _fail(error)
+        except BrokenPipeError:  # the reader of our output has gone
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if _options["debug"]:
+                raise
+            print(
+                f"internal error: {type(error).__name__}: {error}\n"
+                "  this is a bug of bitwright; --debug shows the traceback to report",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+    app.command(name=function.__name__.strip("_"))(guarded)
+    return guarded
+
+
+def _fail(error: BitwrightError) -> None:
+    if _options["debug"]:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    raise typer.Exit(error.exit_code)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal's error stream; nothing in a pipeline."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_json(document: Any) -> None:
+    def plain(value: Any) -> Any:  # JSON has no infinity
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return value
+
+    print(json.dumps(plain(document), indent=2))
+
+
+def _input_shapes(entries: Sequence[str]) -> dict[str, list[int]]:
+    shapes = {}
+    for entry in entries:
+        name, separator, sizes = entry.rpartition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.split(",")] if sizes.strip() else []
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise UsageError(f"{entry!r} is no input shape", fix="write it like x=1,3,224,224")
+    return shapes
+
+
+@_command
+def inspect(
+    model: Model,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input-shape", metavar="NAME=SIZES", help="Fix symbolic sizes, e.g. x=1,3,224,224."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the layers of a model, and why all other operators are none."""
+    from bitwright.inspection import inspect as run
+
+    result = run(model, input_shapes=_input_shapes(input_shape or []))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_inspection
+
+        print_inspection(result)
+
+
+@_command
+def plan(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan to write (JSON).")],
+    precision: Annotated[
+        str, typer.Option(help="Precision of all layers that --layer does not name.")
+    ] = "w8a8",
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="NAME=PRECISION", help="Precision of one layer."),
+    ] = None,
+    elementwise_bits: Annotated[
+        int, typer.Option(help="Bits, 8 or 16, of activations between operators without weights.")
+    ] = 16,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a precision plan, to be edited by hand or used as it is."""
+    from bitwright.planning import make_plan
+
+    layers = {}
+    for entry in layer or []:
+        name, separator, text = entry.rpartition("=")
+        if not separator:
+            raise UsageError(f"{entry!r} is no layer precision", fix="write it like conv1=w4a8")
+        layers[name] = text
+    made = make_plan(
+        model,
+        precision=precision,
+        layers=layers,
+        elementwise_bits=elementwise_bits,
+        output=output,
+        overwrite=overwrite,
+    )
+    print(f"{output}: {len(made.layers)} layers")
+
+
+@_command
+def quantize(
+    model: Model,
+    calibration: Annotated[
+        Path, typer.Option(help="Samples (.npz): one array a model input, a few hundred entries.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The QDQ model to write.")],
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of all layers, e.g. w8a8 or w4a16.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A precision plan (JSON) instead of --precision.")
+    ] = None,
+    overwrite: Overwrite = False,
+    clip: Annotated[
+        Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")
+    ] = "mmse",
+    percentile: Annotated[
+        float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
+    ] = 99.99,
+    per_channel: Annotated[
+        bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
+    ] = True,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
+    ] = False,
+    elementwise_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a float model, every layer at a precision of its own, into a QDQ model."""
+    from bitwright.quantization import quantize as run
+
+    with _progress("calibrating") as progress:
+        result = run(
+            model,
+            calibration=calibration,
+            precision=precision,
+            plan=plan,
+            output=output,
+            overwrite=overwrite,
+            clip=clip,
+            percentile=percentile,
+            per_channel=per_channel,
+            asymmetric=asymmetric,
+            elementwise_bits=elementwise_bits,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_quantized
+
+        print_quantized(result, model, output)
+
+
+@_command
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Samples (.npz), with an array 'labels' if needed.")],
+    metric: Annotated[
+        str, typer.Option(help="top1, top5, mse, sqnr, a plug-in, or package.module:Class.")
+    ] = "top1",
+    engine: Annotated[
+        Literal["onnxruntime", "reference"],
+        typer.Option(help="What runs the model; reference: integers, for quantized models."),
+    ] = "onnxruntime",
+    requantization: Annotated[
+        Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
+    ] = "float",
+    against: Annotated[
+        Path | None, typer.Option(help="The float model that mse and sqnr compare with.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Measure a float or quantized model on data."""
+    from bitwright.evaluation import evaluate as run
+
+    with _progress("evaluating") as progress:
+        result = run(
+            model,
+            data,
+            metric=metric,
+            engine=engine,
+            requantization=requantization,
+            against=against,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        value = (
+            f"{100 * result.value:.2f} %"
+            if result.unit == "fraction"
+            else f"{result.value:.6g} {result.unit}".rstrip()
+        )
+        print(
+            f"{result.metric} {value}  ({result.samples} samples, {result.engine}, "
+            f"{result.seconds:.2f} s)"
+        )
+
+
+@_command
+def compare(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Samples (.npz): one array a model input.")],
+    requantization: Annotated[
+        Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
+    ] = "float",
+    batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Compare the integer reference with onnxruntime, code by code, on a quantized model."""
+    from bitwright.evaluation import compare as run
+
+    with _progress("comparing") as progress:
+        result = run(
+            model,
+            data,
+            requantization=requantization,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_comparison
+
+        print_comparison(result)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Parameters
+    ----------
+    arguments
+        Words of the command line; by default those the program was called with.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    try:
+        app(list(sys.argv[1:] if arguments is None else arguments))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    return 0

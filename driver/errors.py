@@ -1,0 +1,72 @@
+"""The exceptions bitwright raises on purpose.
+
+Every message says what is wrong, where (file, node, field) and what to do about it. The command
+line prints the message alone and exits with ``exit_code``: 2 where the input or the request has to
+change, 1 where a correct request failed while running.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BitwrightError",
+    "DataError",
+    "Interrupted",
+    "ModelError",
+    "OutputError",
+    "PlanError",
+    "RunError",
+    "UsageError",
+]
+
+
+class BitwrightError(Exception):
+    """Base of all errors that are meant for the user.
+
+    Parameters
+    ----------
+    what
+        What is wrong, in one sentence, without a full stop.
+    where
+        The file, node or field concerned.
+    fix
+        What the user can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head}\n  {fix}" if fix else head)
+
+
+class UsageError(BitwrightError):
+    """The options of a call contradict each other or are out of range."""
+
+
+class ModelError(BitwrightError):
+    """The ONNX model cannot be read, is not valid, or holds what bitwright cannot take."""
+
+
+class PlanError(BitwrightError):
+    """A precision or a precision plan is not valid or does not fit the model."""
+
+
+class DataError(BitwrightError):
+    """Calibration or evaluation data cannot be read or do not fit the model."""
+
+
+class OutputError(BitwrightError):
+    """A result cannot be written: it exists already, or the disk refuses."""
+
+
+class Interrupted(BitwrightError):
+    """The user stopped the work; nothing half-written is left."""
+
+
+class RunError(BitwrightError):
+    """A correct request failed while running."""
+
+    exit_code = 1

@@ -1,0 +1,93 @@
+"""``bitwright plan``: write a precision plan for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bitwright.errors import PlanError, UsageError
+from bitwright.files import check_writable, write_atomically
+from bitwright.quant.load import Model, load
+from bitwright.quant.quantizer import fit_plan
+from bitwright.vocabulary import Precision, PrecisionPlan
+
+__all__ = ["make_plan", "resolve_plan"]
+
+
+def make_plan(
+    model: str | Path,
+    *,
+    precision: str | Precision = "w8a8",
+    layers: Mapping[str, str | Precision] | None = None,
+    elementwise_bits: int = 16,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> PrecisionPlan:
+    """Make a plan: one precision for all layers, others for some.
+
+    Parameters
+    ----------
+    model
+        An ONNX file.
+    precision
+        The precision of all layers that ``layers`` does not name, for example ``w8a8``.
+    layers
+        Layer name to precision.
+    elementwise_bits
+        8 or 16: width of activations between operators that are no layers.
+    output
+        File to write the plan to, as JSON.
+    overwrite
+        Whether ``output`` may exist.
+
+    Raises
+    ------
+    PlanError
+        If a precision or a layer does not exist.
+    """
+    path = None if output is None else check_writable(output, overwrite=overwrite)
+    loaded = load(model)
+    uniform = fit_plan(loaded, _precision(precision))
+    chosen = {**uniform.layers, **{n: _precision(p) for n, p in (layers or {}).items()}}
+    plan = fit_plan(loaded, PrecisionPlan(layers=chosen, elementwise_bits=elementwise_bits))
+    if path is not None:
+        write_atomically(path, plan.to_json().encode())
+    return plan
+
+
+def _precision(value: str | Precision) -> Precision:
+    return value if isinstance(value, Precision) else Precision.parse(value)
+
+
+def resolve_plan(
+    model: Model,
+    precision: str | Precision | None,
+    plan: PrecisionPlan | str | Path | None,
+    elementwise_bits: int | None = None,
+) -> PrecisionPlan:
+    """Make the complete plan that the options of a command ask for.
+
+    Raises
+    ------
+    UsageError
+        If not exactly one of ``precision`` and ``plan`` is given, or a plan is to be changed.
+    PlanError
+        If the plan cannot be read or does not fit the model.
+    """
+    if (precision is None) == (plan is None):
+        raise UsageError("give either a precision for all layers or a plan", fix="not both")
+    if precision is not None:
+        layers = fit_plan(model, _precision(precision)).layers
+        return fit_plan(model, PrecisionPlan(layers, elementwise_bits=elementwise_bits or 16))
+    if elementwise_bits is not None:
+        raise UsageError("elementwise bits are part of the plan", fix="set them there")
+    if isinstance(plan, PrecisionPlan):
+        return fit_plan(model, plan)
+    assert plan is not None
+    try:
+        text = Path(plan).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PlanError("there is no such file", where=str(plan)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot be read ({error})", where=str(plan)) from error
+    return fit_plan(model, PrecisionPlan.from_json(text, where=str(plan)), where=str(plan))

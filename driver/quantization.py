@@ -1,0 +1,104 @@
+"""``bitwright quantize``: a float ONNX model in, a standard QDQ model out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from bitwright.errors import OutputError
+from bitwright.files import check_writable, write_atomically
+from bitwright.planning import resolve_plan
+from bitwright.quant.float_ops import Array
+from bitwright.quant.load import load
+from bitwright.quant.observers import ClipMethod
+from bitwright.quant.quantizer import Quantized, quantize_model
+from bitwright.quant.samples import ProgressCallback, Samples
+from bitwright.vocabulary import Precision, PrecisionPlan
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: str | Path,
+    *,
+    calibration: str | Path | Mapping[str, Array],
+    precision: str | Precision | None = None,
+    plan: PrecisionPlan | str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    clip: ClipMethod = "mmse",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    asymmetric: bool = False,
+    elementwise_bits: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Quantized:
+    """Quantize an ONNX model after training, every layer at a precision of its own.
+
+    Parameters
+    ----------
+    model
+        A float ONNX file.
+    calibration
+        A few hundred real samples: an .npz file with one array a model input, or a mapping of
+        input names to arrays. They are streamed once.
+    precision
+        One precision for all layers, for example ``w4a8``; or
+    plan
+        a precision plan, or the file of one.
+    output
+        File to write the QDQ model to.
+    overwrite
+        Whether ``output`` may exist.
+    clip
+        How the range of activations (and, unless it is ``minmax``, of weights) is cut: ``mmse``
+        minimises the squared error, ``percentile`` leaves out outliers, ``minmax`` keeps all.
+    percentile
+        For ``percentile``: the share of values, in percent, that is kept.
+    per_channel
+        Whether every output channel has a weight scale of its own.
+    asymmetric
+        Whether activations with negative values get a zero point other than 0.
+    elementwise_bits
+        8 or 16 (default): width of activations that only elementwise operators read.
+    batch_size
+        Samples of one calibration run; by default what keeps memory low.
+    progress
+        Called with samples done and in total.
+
+    Returns
+    -------
+    Quantized
+        The QDQ model and a summary of every layer.
+
+    Raises
+    ------
+    ModelError, PlanError, DataError, OutputError, UsageError
+        If the model, the plan, the samples, the output or an option has to change.
+    RunError
+        If calibration runs into NaN or infinite values.
+    """
+    path = None if output is None else check_writable(output, overwrite=overwrite)
+    loaded = load(model)
+    complete = resolve_plan(loaded, precision, plan, elementwise_bits)
+    result = quantize_model(
+        loaded,
+        complete,
+        Samples(calibration, loaded.inputs),
+        clip=clip,
+        percentile=percentile,
+        per_channel=per_channel,
+        asymmetric=asymmetric,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if path is not None:
+        try:
+            content = result.model.SerializeToString()
+        except ValueError as error:  # protobuf's limit
+            raise OutputError(
+                "the quantized model is larger than 2 GiB", where=str(path)
+            ) from error
+        write_atomically(path, content)
+    return result

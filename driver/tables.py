@@ -1,0 +1,191 @@
+"""What the commands print for people; ``--json`` is the form for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bitwright.evaluation import Comparison
+from bitwright.inspection import Inspection
+from bitwright.quant.quantizer import Quantized, TensorSummary
+from bitwright.vocabulary import Dim, Layer
+
+__all__ = ["print_comparison", "print_inspection", "print_quantized"]
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)  # a pipe has no width to fit
+    return console
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _shape(shape: Sequence[Dim] | None) -> str:
+    return "?" if not shape else "x".join(map(str, shape))
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return "-" if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def _bytes(number: int) -> str:
+    return f"{number:,} bytes"
+
+
+def _kind(layer: Layer) -> str:
+    if layer.kind == "conv" and layer.groups > 1:
+        return "depthwise conv" if layer.groups == layer.in_channels else f"conv/{layer.groups}"
+    return layer.kind
+
+
+def print_inspection(result: Inspection) -> None:
+    """Print layers and the reasons why the other operators are none."""
+    console = _console()
+    quantized = bool(result.precisions)
+    table = _table(
+        f"{Path(result.source).name}: {len(result.layers)} layers",
+        ["layer", "kind", "input", "weights", "output"],
+        [*(["precision"] if quantized else []), "MACs", "share", "weights", "share"],
+    )
+    for layer in result.layers:
+        precision = result.precisions.get(layer.name)
+        table.add_row(
+            escape(layer.name),
+            _kind(layer),
+            _shape(layer.input_shape),
+            _shape(layer.weight_shape),
+            _shape(layer.output_shape),
+            *([str(precision or "float")] if quantized else []),
+            _count(layer.macs),
+            _share(layer.macs, result.macs),
+            _count(layer.weight_count),
+            _share(layer.weight_count, result.weight_count),
+        )
+    table.add_section()
+    table.add_row(
+        "total",
+        *[""] * (5 if quantized else 4),
+        _count(result.macs),
+        "",
+        _count(result.weight_count),
+        "",
+    )
+    console.print(table)
+    if result.assumed:
+        console.print(f"MACs of one sample: {escape(', '.join(result.assumed))}")
+    if result.macs is None:
+        free = [entry for entry in result.inputs if any(isinstance(d, str) for d in entry.shape or ())]
+        example = ",".join(str(d) if isinstance(d, int) else "1" for d in free[0].shape or ()) if free else "1"
+        console.print(
+            "'-': depends on a size that is not fixed; fix it with "
+            f"--input-shape {escape(free[0].name) if free else 'NAME'}={example} (your sizes)"
+        )
+    groups: dict[tuple[str, str], list[str]] = {}
+    for other in result.others:
+        groups.setdefault((other.reason, other.operator), []).append(other.name)
+    if groups:
+        rest = _table("not layers", ["operator", "why"], ["count"])
+        rest.add_column("for example", overflow="fold")
+        for (reason, operator), names in sorted(groups.items(), key=lambda item: item[0]):
+            rest.add_row(escape(operator), escape(reason), str(len(names)), escape(names[0]))
+        console.print(rest)
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _range(entry: TensorSummary) -> str:
+    return f"{entry.minimum:.4g} .. {entry.maximum:.4g}"
+
+
+def _kept(entry: TensorSummary) -> str:
+    low, high = entry.quantization.clip
+    low = max(low, min(entry.minimum, 0.0))
+    return f"{low:.4g} .. {high:.4g}"
+
+
+def print_quantized(result: Quantized, model: Path, output: Path) -> None:
+    """Print ranges, clips, noise and sizes of every layer of a freshly quantized model."""
+    console = _console()
+    table = _table(
+        f"{model.name} quantized: {output}",
+        ["layer", "precision", "input", "range", "kept"],
+        ["input SQNR", "weight SQNR", "weights kept", "bias", "weight bytes"],
+    )
+    for layer in result.layers:
+        table.add_row(
+            escape(layer.name),
+            str(layer.precision),
+            str(layer.activation.quantization),
+            _range(layer.activation),
+            _kept(layer.activation),
+            f"{layer.activation.sqnr_db:.1f} dB",
+            f"{layer.weight_sqnr_db:.1f} dB",
+            f"{100 * layer.weight_clip:.0f} %",
+            layer.bias or "-",
+            f"{layer.weight_bytes:,}",
+        )
+    console.print(table)
+    if result.elementwise:
+        worst = min(result.elementwise, key=lambda entry: entry.sqnr_db)
+        console.print(
+            f"{len(result.elementwise)} activations between operators without weights, "
+            f"{result.plan.elementwise_bits} bit; the worst, {escape(worst.name)}, has "
+            f"{worst.sqnr_db:.1f} dB"
+        )
+    if result.float_operators:
+        shown = ", ".join(f"{name} ({operator})" for name, operator in result.float_operators[:10])
+        more = len(result.float_operators) - 10
+        console.print(
+            f"stay float: {escape(shown)}" + (f" and {more} more" if more > 0 else "")
+        )
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+    before, after = model.stat().st_size, output.stat().st_size
+    console.print(
+        f"weights {_bytes(result.float_weight_bytes)} -> {_bytes(result.weight_bytes)} "
+        f"({result.float_weight_bytes / max(result.weight_bytes, 1):.2f}x smaller); "
+        f"file {_bytes(before)} -> {_bytes(after)}"
+    )
+
+
+def print_comparison(result: Comparison) -> None:
+    """Print how many codes agree in every region."""
+    console = _console()
+    table = _table(
+        f"{Path(result.source).name}: integer reference against onnxruntime, {result.samples} samples",
+        ["region", "kind"],
+        ["bits", "accumulator", "codes", "equal", "largest difference", "equal end to end"],
+    )
+    for region in result.regions:
+        table.add_row(
+            escape(region.name),
+            region.kind,
+            str(region.operand_bits),
+            f"int{region.accumulator_bits}" if region.accumulator_bits else "-",
+            f"{region.codes:,}",
+            f"{100 * region.equal_share:.4f} %",
+            str(region.largest_difference),
+            f"{100 * (1 - region.differing_end_to_end / max(region.codes, 1)):.4f} %",
+        )
+    console.print(table)
+    console.print(
+        f"equal on equal input codes: {100 * result.equal_share:.4f} %; "
+        f"end to end: {100 * result.equal_share_end_to_end:.4f} %"
+    )

@@ -1,0 +1,330 @@
+"""The words that every part of bitwright speaks: layers, precisions and precision plans.
+
+This module imports the standard library and :mod:`bitwright.errors` only, so that any part of the
+package can import it and it loads in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+from bitwright.errors import PlanError
+
+__all__ = [
+    "BIT_WIDTHS",
+    "Dim",
+    "Layer",
+    "LayerKind",
+    "Precision",
+    "PrecisionPlan",
+]
+
+BIT_WIDTHS: Final = (2, 4, 8, 16)
+"""The widths, in bits, that weights and activations can have."""
+
+PLAN_SCHEMA_VERSION: Final = 1
+
+Dim: TypeAlias = int | str
+"""One dimension of a shape: a number, or the name of a symbolic dimension ("?" if nameless)."""
+
+LayerKind = Literal["conv", "matmul", "recurrent", "scan"]
+
+_PRECISION_TEXT = re.compile(r"w(\d+)a(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The integer precision of one layer.
+
+    Parameters
+    ----------
+    weight_bits, activation_bits
+        Width of the weights and of the layer's input activations, in bits: 2, 4, 8 or 16.
+
+    Raises
+    ------
+    PlanError
+        If a width is not one of :data:`BIT_WIDTHS`.
+
+    Examples
+    --------
+    >>> Precision.parse("w4a8")
+    Precision(weight_bits=4, activation_bits=8)
+    >>> str(Precision(weight_bits=2, activation_bits=16))
+    'w2a16'
+    """
+
+    weight_bits: int
+    activation_bits: int
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or bits not in BIT_WIDTHS:
+                raise PlanError(
+                    f"{name} is {bits!r}, which is not a supported width",
+                    fix=f"choose one of {', '.join(map(str, BIT_WIDTHS))} bits",
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read the text form, for example ``w4a8``: 4-bit weights, 8-bit activations."""
+        match = _PRECISION_TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+        if match is None:
+            raise PlanError(
+                f"{text!r} is not a precision",
+                fix="write it like w4a8: 4-bit weights and 8-bit activations "
+                f"(widths {', '.join(map(str, BIT_WIDTHS))})",
+            )
+        return cls(weight_bits=int(match[1]), activation_bits=int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+
+def _numbers(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    numbers = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(numbers) != rank or any(number < 1 for number in numbers):
+        raise ValueError(f"{name} must be {rank} positive numbers, not {value!r}")
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One multiply-accumulate operator of a model: what the model asks of hardware.
+
+    Build one with :meth:`conv` or :meth:`matmul`; :func:`bitwright.inspect` finds those of a model.
+    A number that depends on a symbolic dimension is None.
+
+    Attributes
+    ----------
+    name
+        The name of the ONNX node.
+    kind
+        ``conv`` or ``matmul`` (``recurrent`` and ``scan`` are reserved).
+    batch
+        Images per run (conv) or rows of the input matrix (matmul).
+    in_channels, out_channels
+        Channels of input and output (conv); features (matmul).
+    kernel, stride, dilation
+        One number a spatial dimension; empty for matmul.
+    output
+        Spatial size of the output; empty for matmul.
+    groups
+        Groups of a convolution; 1 for matmul.
+    input_shape, weight_shape, output_shape
+        Shapes as they stand in the ONNX model; empty where the layer was built without a model.
+    """
+
+    name: str
+    kind: LayerKind
+    batch: int | None
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    output: tuple[int | None, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    input_shape: tuple[Dim, ...] = ()
+    weight_shape: tuple[int, ...] = ()
+    output_shape: tuple[Dim, ...] = ()
+
+    @classmethod
+    def conv(
+        cls,
+        *,
+        in_channels: int,
+        out_channels: int,
+        kernel: int | tuple[int, ...],
+        output: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        dilation: int | tuple[int, ...] = 1,
+        batch: int = 1,
+        groups: int = 1,
+        name: str = "conv",
+    ) -> Layer:
+        """Describe a convolution; a single number stands for both spatial dimensions.
+
+        Raises
+        ------
+        ValueError
+            If a number is not positive or the groups do not divide the channels.
+        """
+        rank = next((len(v) for v in (kernel, output, stride, dilation) if isinstance(v, tuple)), 2)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"{groups} groups do not divide {in_channels} and {out_channels}")
+        return cls(
+            name=name,
+            kind="conv",
+            batch=batch,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel=_numbers("kernel", kernel, rank),
+            output=_numbers("output", output, rank),
+            stride=_numbers("stride", stride, rank),
+            dilation=_numbers("dilation", dilation, rank),
+            groups=groups,
+        )
+
+    @classmethod
+    def matmul(
+        cls, *, rows: int, in_features: int, out_features: int, name: str = "matmul"
+    ) -> Layer:
+        """Describe a matrix product ``[rows, in_features] x [in_features, out_features]``."""
+        return cls(
+            name=name,
+            kind="matmul",
+            batch=rows,
+            in_channels=in_features,
+            out_channels=out_features,
+        )
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights, without bias."""
+        if self.weight_shape:
+            return math.prod(self.weight_shape)
+        return self.in_channels // self.groups * math.prod(self.kernel) * self.out_channels
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates of one run; None while a dimension it needs is symbolic."""
+        if self.batch is None or None in self.output:
+            return None
+        per_output = self.in_channels // self.groups * math.prod(self.kernel)
+        positions = math.prod(size for size in self.output if size is not None)
+        return self.batch * positions * per_output * self.out_channels
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionPlan:
+    """The precision of every layer of one model.
+
+    Parameters
+    ----------
+    layers
+        Layer name to precision; all layers of the model, no others.
+    structure_hash
+        Hash of graph, names and shapes of the model (not of its weights): decides whether the plan
+        fits a model. None fits any model with these layer names (a plan written by hand).
+    weights_hash
+        Hash of the weights the plan was made with; recorded and reported only.
+    target
+        Tag of the accelerator the plan was made for, or None.
+    elementwise_bits
+        Width, 8 or 16 bits, of the activations that no layer reads but integer elementwise
+        operators do (residual additions, pooling averages, inputs of tables).
+    """
+
+    layers: Mapping[str, Precision]
+    structure_hash: str | None = None
+    weights_hash: str | None = None
+    target: str | None = None
+    elementwise_bits: int = 16
+    schema_version: int = field(default=PLAN_SCHEMA_VERSION)
+
+    def __post_init__(self) -> None:
+        if self.elementwise_bits not in (8, 16):
+            raise PlanError(
+                f"elementwise_bits is {self.elementwise_bits!r}", fix="choose 8 or 16 bits"
+            )
+
+    def to_json(self) -> str:
+        """Write the plan as JSON text, one layer a line."""
+        document: dict[str, Any] = {
+            "schema_version": self.schema_version,
+            "target": self.target,
+            "structure_hash": self.structure_hash,
+            "weights_hash": self.weights_hash,
+            "elementwise_bits": self.elementwise_bits,
+            "layers": {name: str(precision) for name, precision in self.layers.items()},
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "plan") -> PrecisionPlan:
+        """Read a plan from JSON text.
+
+        Parameters
+        ----------
+        text
+            What :meth:`to_json` writes; only ``schema_version`` and ``layers`` are required.
+        where
+            The file the text comes from, for error messages.
+
+        Raises
+        ------
+        PlanError
+            If the text is no JSON, a field is missing, unknown or of the wrong type, a precision
+            does not exist, or the schema is newer than this version of bitwright.
+        """
+
+        def duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in pairs:
+                if key in found:
+                    raise PlanError(f"{key!r} stands twice", where=where, fix="remove one of them")
+                found[key] = value
+            return found
+
+        try:
+            document = json.loads(text, object_pairs_hook=duplicates)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(
+                f"not a JSON document ({error})", where=where, fix="see docs/precision-plans.md"
+            ) from error
+        if not isinstance(document, dict):
+            raise PlanError("the plan must be a JSON object", where=where)
+        version = document.get("schema_version")
+        if version != PLAN_SCHEMA_VERSION or isinstance(version, bool):
+            raise PlanError(
+                f"schema_version is {version!r}",
+                where=where,
+                fix=f"this version of bitwright reads schema version {PLAN_SCHEMA_VERSION}",
+            )
+        known = {
+            "schema_version",
+            "target",
+            "structure_hash",
+            "weights_hash",
+            "elementwise_bits",
+            "layers",
+        }
+        if unknown := sorted(set(document) - known):
+            raise PlanError(
+                f"unknown field {unknown[0]!r}",
+                where=where,
+                fix=f"the fields of a plan are {', '.join(sorted(known))}",
+            )
+        for name in ("target", "structure_hash", "weights_hash"):
+            if not isinstance(document.get(name), str | None):
+                raise PlanError(f"{name} must be a text or null", where=where)
+        layers = document.get("layers")
+        if not isinstance(layers, dict):
+            raise PlanError(
+                "layers must be an object of layer names and precisions",
+                where=where,
+                fix='for example {"conv1": "w8a8"}',
+            )
+        precisions = {}
+        for name, entry in layers.items():
+            try:
+                precisions[name] = Precision.parse(entry)
+            except PlanError as error:
+                raise PlanError(error.what, where=f"{where}, layer {name!r}", fix=error.fix) from None
+        try:
+            return cls(
+                layers=precisions,
+                structure_hash=document.get("structure_hash"),
+                weights_hash=document.get("weights_hash"),
+                target=document.get("target"),
+                elementwise_bits=document.get("elementwise_bits", 16),
+            )
+        except PlanError as error:
+            raise PlanError(error.what, where=where, fix=error.fix) from None

@@ -1,0 +1,1 @@
+"""Relax passes (Relax in, Relax out): one file a pass."""

@@ -1,0 +1,1 @@
+"""ONNX in, ONNX out: layers, calibration, quantization and the integer reference."""

@@ -1,0 +1,155 @@
+"""Compare the integer reference with onnxruntime, region by region on equal input codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from bitwright.errors import ModelError
+from bitwright.quant.float_ops import Array, make_session
+from bitwright.quant.load import Model
+from bitwright.quant.reference import Reference
+from bitwright.quant.requantization import RequantizationForm
+from bitwright.quant.samples import ProgressCallback, Samples
+
+__all__ = ["RegionAgreement", "compare_codes"]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionAgreement:
+    """How many codes of one region are equal in reference and onnxruntime.
+
+    Attributes
+    ----------
+    name, kind, operand_bits, accumulator_bits
+        See :class:`~bitwright.quant.reference.Region`.
+    codes
+        Codes compared.
+    differing
+        Codes that differ where both got the same input codes.
+    largest_difference
+        The largest difference among those, in codes.
+    differing_end_to_end
+        Codes that differ where each ran from the model's inputs on its own codes.
+    """
+
+    name: str
+    kind: str
+    operand_bits: int
+    accumulator_bits: int
+    codes: int
+    differing: int
+    largest_difference: int
+    differing_end_to_end: int
+
+    @property
+    def equal_share(self) -> float:
+        """Share of equal codes on equal input codes, 0 to 1."""
+        return 1.0 - self.differing / self.codes if self.codes else 1.0
+
+
+def compare_codes(
+    model: Model,
+    samples: Samples,
+    *,
+    requantization: RequantizationForm = "float",
+    batch_size: int = 16,
+    progress: ProgressCallback | None = None,
+) -> list[RegionAgreement]:
+    """Run a QDQ model in onnxruntime (graph optimisations off) and in the integer reference.
+
+    Parameters
+    ----------
+    model
+        A quantized model.
+    samples
+        Inputs to run.
+    requantization
+        Form of requantization in the reference.
+    batch_size
+        Samples a run.
+
+    Returns
+    -------
+    list
+        One entry for every quantized activation, in order of execution.
+
+    Raises
+    ------
+    ModelError
+        If the model is not quantized.
+    """
+    # Codes below 8 bits cannot leave onnxruntime, so they are read off the dequantized values.
+    dequantized = {
+        str(node.outputs[0].name): (str(use.node.outputs[0].name), use.node)
+        for node in model.graph
+        if node.op_type == "QuantizeLinear"
+        for use in node.outputs[0].uses()
+        if use.node.op_type == "DequantizeLinear" and use.node.graph is model.graph
+    }
+    if not dequantized:
+        raise ModelError(
+            "has no quantized activations", where=model.source, fix="quantize it first"
+        )
+    proto = model.to_proto()
+    present = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name)
+        for name in dict.fromkeys(name for name, _ in dequantized.values())
+        if name not in present
+    )
+    session = make_session(proto, optimize=False)
+    names = [name for name, _ in dequantized.values()]
+    reference = Reference(model, requantization)
+    totals = {codes: np.zeros(4, np.int64) for codes in dequantized}
+    done = 0
+    for batch in samples.batches(batch_size):
+        results = dict(zip(names, session.run(names, batch.inputs), strict=True))
+        theirs = {
+            codes: _codes(results[name], node) for codes, (name, node) in dequantized.items()
+        }
+        _, ours = reference.run(batch.inputs, given=theirs)
+        _, alone = reference.run(batch.inputs)
+        for codes, total in totals.items():
+            difference = np.abs(ours[codes] - theirs[codes])
+            total += (
+                difference.size,
+                np.count_nonzero(difference),
+                0,
+                np.count_nonzero(alone[codes] != theirs[codes]),
+            )
+            total[2] = max(total[2], difference.max(initial=0))
+        done += batch.samples
+        if progress is not None:
+            progress(done, len(samples))
+    return [
+        RegionAgreement(
+            region.name,
+            region.kind,
+            region.operand_bits,
+            region.accumulator_bits,
+            *(int(number) for number in totals[codes]),
+        )
+        for codes, region in reference.regions.items()
+        if codes in totals
+    ]
+
+
+def _codes(values: Array, node: object) -> Array:
+    """Codes of dequantized values: (code - zero point) * scale divided by the scale is exact."""
+    import onnx_ir as ir
+
+    from bitwright.quant.graph import attribute, constant
+
+    assert isinstance(node, ir.Node)
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    assert scale is not None
+    shape = [1] * values.ndim
+    if scale.size > 1:
+        shape[attribute(node, "axis", 1)] = -1
+    zero_codes = np.zeros(1, np.int64) if zero is None else zero.astype(np.int64)
+    codes = np.rint(values.astype(np.float64) / scale.astype(np.float64).reshape(shape))
+    return codes.astype(np.int64) + zero_codes.reshape(shape if zero_codes.size > 1 else ())

@@ -1,0 +1,135 @@
+"""Run single ONNX operators in onnxruntime.
+
+Whatever stays float in a quantized model runs here, in the integer reference and where constants
+are folded, so that it equals what onnxruntime computes for the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+__all__ = ["Array", "FloatOperator", "captured_values", "make_session"]
+
+Array = npt.NDArray[Any]
+
+
+def make_session(
+    model: onnx.ModelProto | bytes | str, *, optimize: bool, threads: int | None = None
+) -> ort.InferenceSession:
+    """Make a CPU session.
+
+    Parameters
+    ----------
+    model
+        A model in memory, or the path of a file.
+    optimize
+        Whether onnxruntime may rewrite the graph. For a quantized model it may not: some of its
+        fusions quantize activations on their own or change the rounding.
+    threads
+        Threads of one operator; None lets onnxruntime choose.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if isinstance(model, onnx.ModelProto):
+        model = model.SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def captured_values(node: ir.Node) -> list[ir.Value]:
+    """Values of enclosing graphs that the bodies of a node (If, Loop, Scan) read."""
+    captured: dict[ir.Value, None] = {}
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs = [attribute.as_graph()]
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs = list(attribute.as_graphs())
+        else:
+            continue
+        for graph in graphs:
+            own = set(graph.inputs) | set(graph.initializers.values())
+            for inner in graph:
+                own.update(inner.outputs)
+            for inner in graph:
+                outer = [value for value in inner.inputs if value is not None]
+                outer.extend(captured_values(inner))
+                captured.update((value, None) for value in outer if value not in own)
+            captured.update((value, None) for value in graph.outputs if value not in own)
+    return list(captured)
+
+
+class FloatOperator:
+    """One ONNX node as a function of arrays.
+
+    Parameters
+    ----------
+    node
+        The node; values that its bodies capture become extra inputs (see ``captured``).
+    opset
+        Version of the standard operator set.
+    """
+
+    def __init__(self, node: ir.Node, opset: int) -> None:
+        self.captured = captured_values(node)
+        self._node = ir.to_proto(node)
+        # Names are replaced: one value may stand twice among the inputs, outputs may be nameless.
+        del self._node.input[:], self._node.output[:]
+        self._node.input.extend(
+            "" if value is None else f"input_{i}" for i, value in enumerate(node.inputs)
+        )
+        self._outputs = [f"output_{i}" if value.name else "" for i, value in enumerate(node.outputs)]
+        self._node.output.extend(self._outputs)
+        self._opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+        self._sessions: dict[tuple[Any, ...], ort.InferenceSession] = {}
+
+    def run(
+        self, inputs: Sequence[Array | None], captured: Sequence[Array] = ()
+    ) -> list[Array]:
+        """Compute the outputs of the node.
+
+        Parameters
+        ----------
+        inputs
+            One array an input, None for an input left out.
+        captured
+            The values of ``self.captured``.
+        """
+        feed = {
+            name: np.asarray(array)
+            for name, array in zip(self._node.input, inputs, strict=True)
+            if name and array is not None
+        }
+        feed.update(
+            (str(value.name), np.asarray(array))
+            for value, array in zip(self.captured, captured, strict=True)
+        )
+        key = tuple((name, array.dtype, array.ndim) for name, array in feed.items())
+        session = self._sessions.get(key)
+        if session is None:
+            graph = onnx.helper.make_graph(
+                [self._node],
+                "operator",
+                [
+                    onnx.helper.make_tensor_value_info(
+                        name,
+                        onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+                        [None] * array.ndim,
+                    )
+                    for name, array in feed.items()
+                ],
+                [onnx.ValueInfoProto(name=name) for name in self._outputs if name],
+            )
+            model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=10)
+            session = self._sessions[key] = make_session(model, optimize=False)
+        results: list[Array] = session.run(None, feed)
+        return results

@@ -1,0 +1,193 @@
+"""What the operators of an ONNX graph mean for quantization.
+
+Five sorts: *layers* multiply by constant weights; *moves* carry values without computing;
+*clamps* cut a range; *elementwise functions* map each value by itself (with scalar constants) and
+become tables; *arithmetic* (sums, products and averages of activations) is exact in integers. All
+else stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from bitwright.quant.float_ops import Array
+
+__all__ = [
+    "attribute",
+    "channel_axis",
+    "clamp_bounds",
+    "constant",
+    "data_inputs",
+    "elementwise_roots",
+    "is_arithmetic",
+    "is_clamp",
+    "is_move",
+    "weight_input",
+]
+
+# Values are carried, none is computed; the named inputs hold data, the others shapes and indices.
+_MOVES = frozenset(
+    "DepthToSpace Dropout Expand Flatten Gather GlobalMaxPool Identity MaxPool Pad ReduceMax"
+    " ReduceMin Reshape Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze".split()
+)
+_UNARY = frozenset(
+    "Abs Celu Ceil Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish LeakyRelu Log Mish Neg"
+    " Reciprocal Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tanh ThresholdedRelu"
+    .split()
+)
+_BINARY = frozenset("Add Div Max Min Mul Pow PRelu Sub".split())
+_AVERAGES = frozenset("AveragePool GlobalAveragePool ReduceMean ReduceSum".split())
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """Value of an attribute, or the default where the node leaves it out."""
+    found = node.attributes.get(name)
+    return default if found is None or found.value is None else found.value
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """Value of an initializer as an array, None for anything computed."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is an initializer, or an initializer behind DequantizeLinear."""
+    if value is None:
+        return False
+    producer = value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return all(_is_constant(entry) for entry in producer.inputs)
+    return _is_constant(value) and value.dtype == ir.DataType.FLOAT
+
+
+def weight_input(node: ir.Node) -> int | None:
+    """Index of the input that holds a layer's constant weights; None if the node is no layer."""
+    if node.domain != "" or len(node.inputs) < 2 or node.inputs[0] is None:
+        return None
+    if node.op_type in ("Conv", "Gemm", "MatMul") and _is_weight(node.inputs[1]):
+        return None if _is_weight(node.inputs[0]) else 1
+    if node.op_type == "MatMul" and _is_weight(node.inputs[0]):
+        return 0
+    return None
+
+
+def channel_axis(node: ir.Node, weight_rank: int) -> int | None:
+    """Axis of the weights that runs over output channels; None where there is none (a vector)."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if attribute(node, "transB", 0) else 1
+    if weight_rank < 2:
+        return None
+    return weight_rank - 1 if weight_input(node) == 1 else weight_rank - 2
+
+
+def data_inputs(node: ir.Node) -> list[int]:
+    """Indices of the inputs that carry data through a move, clamp, function or arithmetic node."""
+    if node.op_type == "Concat" or node.op_type in _BINARY:
+        return list(range(len(node.inputs)))
+    return [0]
+
+
+def is_move(node: ir.Node) -> bool:
+    """Whether the node only carries values: quantization before and after it is the same."""
+    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "Concat":
+        return True
+    if node.op_type == "Pad":
+        fill = constant(node.inputs[2]) if len(node.inputs) > 2 else np.float32(0)
+        mode = attribute(node, "mode", "constant")
+        return mode != "constant" or (fill is not None and not np.any(fill))
+    if node.op_type == "MaxPool":
+        return len([value for value in node.outputs if value.name]) == 1
+    if node.op_type == "Resize":
+        nearest = attribute(node, "mode", "nearest") == "nearest"
+        crop = attribute(node, "coordinate_transformation_mode") == "tf_crop_and_resize"
+        return nearest and not crop
+    if node.op_type == "Dropout":
+        training = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        return len(node.outputs) == 1 and (training is None or not np.any(training))
+    return node.op_type in _MOVES and not _is_constant(node.inputs[0])
+
+
+def clamp_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """Bounds of a Relu or Clip; None for any other node or bounds that are computed."""
+    if node.domain != "":
+        return None
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    if node.op_type != "Clip":
+        return None
+    bounds = [-np.inf, np.inf]
+    for index in (1, 2):
+        if len(node.inputs) > index and node.inputs[index] is not None:
+            bound = constant(node.inputs[index])
+            if bound is None or bound.size != 1:
+                return None
+            bounds[index - 1] = float(bound.item())
+    return bounds[0], bounds[1]
+
+
+def is_clamp(node: ir.Node) -> bool:
+    """Whether the node is a Relu or a Clip with constant bounds."""
+    return clamp_bounds(node) is not None
+
+
+def is_arithmetic(node: ir.Node) -> bool:
+    """Whether the node adds, multiplies or averages activations (not one value by itself)."""
+    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type in ("Add", "Sub", "Mul"):
+        return all(value is not None for value in node.inputs)
+    if node.op_type in ("ReduceMean", "ReduceSum"):
+        return len(node.inputs) < 2 or node.inputs[1] is None or _is_constant(node.inputs[1])
+    return node.op_type in _AVERAGES
+
+
+def _is_scalar(value: ir.Value | None, rank: int) -> bool:
+    """Whether a value is a constant that broadcasts without raising the rank of its partner."""
+    array = constant(value)
+    return array is not None and array.size == 1 and array.ndim <= rank
+
+
+def elementwise_roots(
+    graph: ir.Graph, *, excluded: Container[ir.Node] = ()
+) -> dict[ir.Value, ir.Value]:
+    """For each value that is a function of one other value, element by element, that value.
+
+    ``x * sigmoid(x + 3)`` has the root ``x``; so has anything built from ``x``, scalar constants
+    and elementwise operators (clamps included). A value that is no such function is missing.
+    Shapes are the same along the way: only scalars are broadcast. Nodes in ``excluded`` end a
+    chain.
+    """
+    roots: dict[ir.Value, ir.Value] = {}
+    for node in graph:
+        if node.domain != "" or len(node.outputs) != 1 or node in excluded:
+            continue
+        if is_clamp(node) or (node.op_type in _UNARY and len(node.inputs) == 1):
+            operands = [node.inputs[0]]
+        elif node.op_type in _BINARY:
+            rank = max((len(v.shape) for v in node.inputs if v is not None and v.shape), default=0)
+            operands = [value for value in node.inputs if not _is_scalar(value, rank)]
+        else:
+            continue
+        if any(
+            value is None or value.dtype != ir.DataType.FLOAT or _is_constant(value)
+            for value in operands
+        ):
+            continue
+        found = {roots.get(value, value) for value in operands if value is not None}
+        if len(found) == 1:
+            roots[node.outputs[0]] = found.pop()
+    return roots

@@ -1,0 +1,140 @@
+"""Find the layers of a model: the operators that multiply by constant weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from bitwright.quant.graph import attribute, channel_axis, constant, weight_input
+from bitwright.quant.load import Model
+from bitwright.vocabulary import Dim, Layer, Precision
+
+__all__ = ["NotLayer", "find_layers", "layer_nodes", "quantized_precision"]
+
+_RECURRENT = ("GRU", "LSTM", "RNN", "Scan", "Loop")
+_OTHER_PRODUCTS = ("ConvTranspose", "DeformConv", "Einsum", "Attention")
+
+
+@dataclass(frozen=True, slots=True)
+class NotLayer:
+    """An operator that gets no precision of its own, and why."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+def layer_nodes(model: Model) -> dict[str, ir.Node]:
+    """Nodes of the main graph that are layers, by name, in order of execution."""
+    return {str(node.name): node for node in model.graph if weight_input(node) is not None}
+
+
+def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
+    """Describe the layers of a model and say why every other operator is none.
+
+    Returns
+    -------
+    layers
+        One entry a layer, in order of execution. Numbers that depend on a symbolic dimension are
+        None.
+    others
+        One entry for every other operator of the main graph.
+    """
+    layers: list[Layer] = []
+    others: list[NotLayer] = []
+    for node in model.graph:
+        if weight_input(node) is not None:
+            layers.append(_describe(node))
+        else:
+            others.append(NotLayer(str(node.name), node.op_type, _reason(node)))
+    return tuple(layers), tuple(others)
+
+
+def quantized_precision(node: ir.Node) -> Precision | None:
+    """Precision of a layer of a quantized model, None where weights or activations are float."""
+    index = weight_input(node)
+    if index is None:
+        return None
+    bits = []
+    for operand in (node.inputs[index], node.inputs[1 - index]):
+        producer = None if operand is None else operand.producer()
+        # Moves between the quantizer and the layer leave the width as it is.
+        while producer is not None and producer.op_type != "DequantizeLinear":
+            operand = producer.inputs[0] if producer.inputs else None
+            producer = None if operand is None else operand.producer()
+        codes = None if producer is None else producer.inputs[0]
+        if codes is None or codes.dtype is None or codes.dtype.bitsize not in (2, 4, 8, 16):
+            return None
+        bits.append(codes.dtype.bitsize)
+    return Precision(weight_bits=bits[0], activation_bits=bits[1])
+
+
+def _shape(value: ir.Value | None) -> tuple[Dim, ...]:
+    if value is None or value.shape is None:
+        return ()
+    return tuple(dim if isinstance(dim, int) else (dim.value or "?") for dim in value.shape)
+
+
+def _number(dim: Dim) -> int | None:
+    return dim if isinstance(dim, int) else None
+
+
+def _describe(node: ir.Node) -> Layer:
+    index = weight_input(node)
+    assert index is not None
+    weights, data = node.inputs[index], node.inputs[1 - index]
+    weight_shape = tuple(dim for dim in _shape(weights) if isinstance(dim, int))
+    input_shape, output_shape = _shape(data), _shape(node.outputs[0])
+    if node.op_type == "Conv":
+        rank = len(weight_shape) - 2
+        groups = attribute(node, "group", 1)
+        spatial = output_shape[2:] if output_shape else ("?",) * rank
+        return Layer(
+            name=str(node.name),
+            kind="conv",
+            batch=_number(output_shape[0]) if output_shape else None,
+            in_channels=weight_shape[1] * groups,
+            out_channels=weight_shape[0],
+            kernel=weight_shape[2:],
+            output=tuple(map(_number, spatial)),
+            stride=tuple(attribute(node, "strides", (1,) * rank)),
+            dilation=tuple(attribute(node, "dilations", (1,) * rank)),
+            groups=groups,
+            input_shape=input_shape,
+            weight_shape=weight_shape,
+            output_shape=output_shape,
+        )
+    axis = channel_axis(node, len(weight_shape))
+    out_features = 1 if axis is None else weight_shape[axis]
+    # Of the weights' two last axes one is the output's, the other is summed over.
+    in_features = math.prod(weight_shape[-2:]) // max(out_features, 1)
+    rows = 1 if output_shape or (data is not None and data.shape is not None) else None
+    for dim in output_shape:
+        number = _number(dim)
+        rows = None if rows is None or number is None else rows * number
+    return Layer(
+        name=str(node.name),
+        kind="matmul",
+        batch=None if rows is None else rows // max(out_features, 1),
+        in_channels=in_features,
+        out_channels=out_features,
+        input_shape=input_shape,
+        weight_shape=weight_shape,
+        output_shape=output_shape,
+    )
+
+
+def _reason(node: ir.Node) -> str:
+    if node.op_type in ("Conv", "Gemm", "MatMul"):
+        if constant(node.inputs[0]) is not None:
+            return "its left operand is constant, its weights are computed"
+        return "its weights are computed, not constant"
+    if node.op_type in _RECURRENT:
+        return "recurrent: its matrices stay float"
+    if node.op_type in _OTHER_PRODUCTS:
+        return f"{node.op_type} is not lowered to integers: its weights stay float"
+    if any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()):
+        return "control flow: layers inside its bodies stay float"
+    return "no product with constant weights"

@@ -1,0 +1,681 @@
+"""Read an ONNX model and bring it into the one form that the rest of bitwright works on.
+
+:func:`load` checks the file, inlines functions, converts half precision to float32, names what is
+nameless, raises the operator set to 21 (the first with 4- and 16-bit quantizers), turns constants
+into initializers, folds constant expressions and infers shapes. Symbolic dimensions stay symbolic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnx.shape_inference
+import onnx.version_converter
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+)
+
+from bitwright.errors import BitwrightError, ModelError
+from bitwright.quant.float_ops import FloatOperator
+from bitwright.vocabulary import Dim
+
+__all__ = ["MIN_OPSET", "Model", "ValueType", "convert_opset", "load"]
+
+logger = logging.getLogger(__name__)
+
+MIN_OPSET: Final = 21
+"""Operator set of a loaded model: the first whose quantizers know 4- and 16-bit integers."""
+
+MAX_OPSET: Final = onnx.defs.onnx_opset_version()
+
+_STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+
+# Folding evaluates an operator once per constant; these are the ones exporters leave on weights.
+_FOLDABLE = frozenset(
+    "Abs Add Cast Concat Div Exp Flatten Gather Identity Mul Neg Pow Reciprocal Reshape Shape Slice"
+    " Split Sqrt Squeeze Sub Transpose Unsqueeze".split()
+)
+_FOLD_LIMIT = 1 << 28  # bytes an expression may grow to
+
+_HALF = {
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ValueType:
+    """Name, element type and shape of one input or output of a model."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[Dim, ...] | None
+
+
+@dataclass(slots=True)
+class Model:
+    """A loaded ONNX model.
+
+    Attributes
+    ----------
+    ir
+        The model in ONNX IR: one main graph, no functions, every node named, operator set 21 or
+        later, shapes inferred.
+    source
+        The file it came from, or a word for a model given in memory; for messages.
+    structure_hash
+        SHA-256 of graph, names and shapes as they stand in the file, weights left out.
+    weights_hash
+        SHA-256 of the values of all weights.
+    notes
+        What was changed on the way in and the user should know.
+    """
+
+    ir: ir.Model
+    source: str
+    structure_hash: str
+    weights_hash: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The main graph."""
+        return self.ir.graph
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operator set."""
+        return self.ir.opset_imports[""]
+
+    @property
+    def inputs(self) -> tuple[ValueType, ...]:
+        """Inputs of the main graph, initializers left out."""
+        return tuple(_value_type(value) for value in self.graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[ValueType, ...]:
+        """Outputs of the main graph."""
+        return tuple(_value_type(value) for value in self.graph.outputs)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model holds QuantizeLinear or DequantizeLinear."""
+        return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.graph)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Serialize to an ONNX protobuf, all tensors inside."""
+        return ir.to_proto(self.ir)
+
+    def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Model:
+        """Return a copy whose inputs have the given shapes, all other shapes inferred anew.
+
+        Raises
+        ------
+        ModelError
+            If there is no such input, or a shape contradicts the model.
+        """
+        model = self.ir.clone()
+        _fix_input_shapes(model, input_shapes, self.source)
+        return Model(model, self.source, self.structure_hash, self.weights_hash, self.notes)
+
+
+def load(
+    source: str | Path | onnx.ModelProto,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Model:
+    """Load an ONNX model.
+
+    Parameters
+    ----------
+    source
+        An ONNX file (weights inside or as external data beside it), or a model in memory.
+    input_shapes
+        Input name to shape; fixes symbolic dimensions.
+
+    Returns
+    -------
+    Model
+        The model, ready for :func:`bitwright.quant.layers.find_layers`.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, truncated or no ONNX model, external data are missing, the model is
+        not valid, or it uses operators that are not standard.
+    """
+    where = "model" if isinstance(source, onnx.ModelProto) else str(source)
+    try:
+        if isinstance(source, onnx.ModelProto):
+            proto = onnx.ModelProto()
+            proto.CopyFrom(source)
+            base = None
+        else:
+            path = Path(source)
+            proto = _read(path)
+            base = path.parent
+        _check(proto, where, base)
+        return _normalize(proto, where, base, input_shapes or {})
+    except BitwrightError:
+        raise
+    except MemoryError as error:
+        raise ModelError("the model does not fit into memory", where=where) from error
+    except Exception as error:  # the libraries below raise many kinds for a malformed model
+        logger.debug("loading %s failed", where, exc_info=True)
+        raise ModelError(
+            f"not a valid ONNX model ({_first_line(error)})",
+            where=where,
+            fix="check that the file was written completely by an ONNX exporter",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    where = str(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError("there is no such file", where=where) from None
+    except IsADirectoryError:
+        raise ModelError("is a folder, not an ONNX file", where=where) from None
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", where=where) from error
+    if not content:
+        raise ModelError("the file is empty", where=where)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except google.protobuf.message.DecodeError:
+        raise ModelError(
+            "not an ONNX file, or a truncated one",
+            where=where,
+            fix="export the model again, or copy the whole file",
+        ) from None
+    if not proto.HasField("graph") or not proto.ir_version:
+        raise ModelError("not an ONNX model: it holds no graph", where=where)
+    return proto
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a model, those of subgraphs and functions too."""
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        holder = pending.pop()
+        yield from getattr(holder, "initializer", ())
+        for node in holder.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+
+
+def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
+    """Raise ModelError unless the model is valid and its external data are all there."""
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    opset = opsets.get("", opsets.get("ai.onnx", MAX_OPSET))
+    if opset > MAX_OPSET:
+        raise ModelError(
+            f"uses operator set {opset}, newer than the installed onnx package knows ({MAX_OPSET})",
+            where=where,
+            fix="update onnx, or export the model with an older operator set",
+        )
+    own = {(function.domain, function.name) for function in proto.functions}
+    foreign = [
+        node
+        for node in proto.graph.node
+        if node.domain not in _STANDARD_DOMAINS and (node.domain, node.op_type) not in own
+    ]
+    if foreign:
+        shown = ", ".join(
+            f"{node.domain}.{node.op_type} ({node.name or node.output[0] or 'nameless'})"
+            for node in foreign[:8]
+        )
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        raise ModelError(
+            f"uses operators that are not part of the ONNX standard: {shown}{more}",
+            where=where,
+            fix="export the model without optimizations of one runtime, with standard operators",
+        )
+    for tensor in _tensors(proto):
+        if not onnx.external_data_helper.uses_external_data(tensor):
+            continue
+        info = onnx.external_data_helper.ExternalDataInfo(tensor)
+        if base is None:
+            raise ModelError(
+                f"tensor {tensor.name!r} lies in the external file {info.location!r}",
+                where=where,
+                fix="give the path of the model, or load its external data first",
+            )
+        file = base / info.location
+        if not file.resolve().is_relative_to(base.resolve()):
+            raise ModelError(
+                f"tensor {tensor.name!r} points outside the model's folder ({info.location!r})",
+                where=where,
+            )
+        if not file.is_file():
+            raise ModelError(
+                f"external data of tensor {tensor.name!r} are missing: no file {str(file)!r}",
+                where=where,
+                fix="copy the data file beside the model",
+            )
+        # Offset and length are the file's claims; a short file would crash readers that map it.
+        end = (info.offset or 0) + (info.length or 0)
+        if (info.offset or 0) < 0 or (info.length or 0) < 0 or file.stat().st_size < end:
+            raise ModelError(
+                f"external data of tensor {tensor.name!r} are truncated: {str(file)!r} is shorter "
+                f"than {end} bytes",
+                where=where,
+                fix="copy the whole data file",
+            )
+    try:
+        if base is not None and proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+            onnx.checker.check_model(where)
+        else:
+            with _external_left_out(proto) as slim:
+                onnx.checker.check_model(slim)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(
+            f"not a valid ONNX model ({_first_line(error)})",
+            where=where,
+            fix="export it again; onnx.checker.check_model tells more",
+        ) from error
+
+
+class _external_left_out:  # noqa: N801 - a context manager used like a function
+    """Hand the checker the model with external tensors as inputs: it looks for them elsewhere."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self._proto = proto
+
+    def __enter__(self) -> onnx.ModelProto:
+        external = [
+            tensor
+            for tensor in self._proto.graph.initializer
+            if onnx.external_data_helper.uses_external_data(tensor)
+        ]
+        if not external:
+            return self._proto
+        slim = onnx.ModelProto()
+        slim.CopyFrom(self._proto)
+        declared = {value.name for value in slim.graph.input}
+        kept = [
+            tensor
+            for tensor in slim.graph.initializer
+            if not onnx.external_data_helper.uses_external_data(tensor)
+        ]
+        slim.graph.ClearField("initializer")
+        slim.graph.initializer.extend(kept)
+        slim.graph.input.extend(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            for tensor in external
+            if tensor.name not in declared
+        )
+        return slim
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _normalize(
+    proto: onnx.ModelProto,
+    where: str,
+    base: Path | None,
+    input_shapes: Mapping[str, Sequence[int]],
+) -> Model:
+    notes: list[str] = []
+    if half := _widen_half(proto, base):
+        notes.append(f"{half} converted to float32")
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:  # some exporters write -1 for a free dimension
+                dim.ClearField("dim_value")
+    model = ir.from_proto(proto)
+    if base is not None:
+        ir.external_data.set_base_dir(model.graph, base)
+    if "ai.onnx" in model.opset_imports:
+        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
+    model.opset_imports.setdefault("", 1)
+    InlinePass()(model)
+    _drop_initializer_inputs(model, notes)
+    _name(model)
+    structure_hash = _structure_hash(model)
+    weights_hash = _weights_hash(model)
+    if model.opset_imports[""] < MIN_OPSET:
+        model = convert_opset(model, MIN_OPSET, where)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _fix_input_shapes(model, input_shapes, where)
+    _fold_constants(model)
+    RemoveUnusedNodesPass()(model)
+    _check_finite(model, where)
+    return Model(model, where, structure_hash, weights_hash, tuple(notes))
+
+
+def _widen_half(proto: onnx.ModelProto, base: Path | None) -> str:
+    """Turn float16 and bfloat16 into float32 everywhere; return what was found, or ""."""
+    found: set[str] = set()
+
+    def value(info: onnx.ValueInfoProto) -> None:
+        tensor_type = info.type.tensor_type
+        if tensor_type.elem_type in _HALF:
+            found.add(_HALF[tensor_type.elem_type])
+            tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+    for tensor in _tensors(proto):
+        if tensor.data_type in _HALF:
+            found.add(_HALF[tensor.data_type])
+            if onnx.external_data_helper.uses_external_data(tensor):
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(base))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                tensor.ClearField("external_data")
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        holder = pending.pop()
+        if isinstance(holder, onnx.GraphProto):
+            for info in (*holder.input, *holder.output):
+                value(info)
+        for info in holder.value_info:
+            value(info)
+        for node in holder.node:
+            for attribute in node.attribute:
+                # "to" of Cast and "dtype" of random and sequence operators name an element type
+                if attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _HALF:
+                    found.add(_HALF[attribute.i])
+                    attribute.i = onnx.TensorProto.FLOAT
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+    return " and ".join(sorted(found))
+
+
+def _drop_initializer_inputs(model: ir.Model, notes: list[str]) -> None:
+    """Take initializers out of the graph inputs: bitwright treats weights as constants."""
+    graph = model.graph
+    doubled = [value for value in graph.inputs if value.name in graph.initializers]
+    for value in doubled:
+        graph.inputs.remove(value)
+    if doubled and model.ir_version >= 4:  # before, all initializers had to be inputs
+        notes.append(f"{len(doubled)} inputs with default values are taken as constants")
+
+
+class _Names:
+    """Names for nameless nodes and values, after what they compute: stable under edits elsewhere."""
+
+    def generate_node_name(self, node: ir.Node) -> str:
+        if node.name:
+            return node.name
+        first = next((value.name for value in node.outputs if value.name), "")
+        return f"{node.op_type}_{first}" if first else node.op_type
+
+    def generate_value_name(self, value: ir.Value) -> str:
+        return value.name or "value"
+
+
+def _name(model: ir.Model) -> None:
+    NameFixPass(name_generator=_Names())(model)
+
+
+def _dims(shape: ir.Shape | None) -> list[Dim] | None:
+    if shape is None:
+        return None
+    return [dim if isinstance(dim, int) else (dim.value or "?") for dim in shape]
+
+
+def _structure_hash(model: ir.Model) -> str:
+    """Hash graph, names, shapes and 64-bit integer tensors (they steer shapes), not weights."""
+
+    def tensor(value: ir.TensorProtocol) -> list[Any]:
+        values = value.numpy().tolist() if value.dtype == ir.DataType.INT64 else None
+        return [str(value.dtype), list(value.shape.numpy()), values]
+
+    def attribute(value: ir.Attr) -> Any:
+        if value.type == ir.AttributeType.GRAPH:
+            return graph(value.as_graph())
+        if value.type == ir.AttributeType.GRAPHS:
+            return [graph(entry) for entry in value.as_graphs()]
+        if value.type == ir.AttributeType.TENSOR:
+            return tensor(value.as_tensor())
+        return repr(value.value)
+
+    def graph(holder: ir.Graph) -> dict[str, Any]:
+        return {
+            "inputs": [[v.name, str(v.dtype), _dims(v.shape)] for v in holder.inputs],
+            "outputs": [[v.name, str(v.dtype), _dims(v.shape)] for v in holder.outputs],
+            "initializers": {
+                str(name): tensor(value.const_value)
+                for name, value in sorted(holder.initializers.items())
+                if value.const_value is not None
+            },
+            "nodes": [
+                {
+                    "op": [node.domain, node.op_type],
+                    "name": node.name,
+                    "inputs": [value.name if value is not None else None for value in node.inputs],
+                    "outputs": [value.name for value in node.outputs],
+                    "attributes": {
+                        name: attribute(value) for name, value in sorted(node.attributes.items())
+                    },
+                }
+                for node in holder
+            ],
+        }
+
+    content = {"opsets": sorted(model.opset_imports.items()), "graph": graph(model.graph)}
+    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_hash(model: ir.Model) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.graph.initializers.items()):
+        if value.const_value is not None:
+            digest.update(f"{name} {value.const_value.dtype} ".encode())
+            digest.update(np.ascontiguousarray(value.const_value.numpy()).tobytes())
+    return "sha256:" + digest.hexdigest()
+
+
+def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
+    """Raise the standard operator set with onnx's converter; weights are not copied.
+
+    Raises
+    ------
+    ModelError
+        If the converter cannot raise one of the operators.
+    """
+    large = _large_initializers(model)
+    try:
+        proto = onnx.version_converter.convert_version(_slim_proto(model, large), version)
+    except Exception as error:
+        raise ModelError(
+            f"cannot be raised from operator set {model.opset_imports['']} to {version} "
+            f"({_first_line(error)})",
+            where=where,
+            fix=f"export the model with operator set {version}",
+        ) from error
+    names = {value.name for value in model.graph.inputs}
+    converted = ir.from_proto(proto)
+    for value in list(converted.graph.inputs):
+        if value.name in large:
+            converted.graph.inputs.remove(value)
+            value.const_value = large[value.name]
+            converted.graph.initializers[value.name] = value
+        elif value.name not in names:  # a small initializer that the converter also made an input
+            converted.graph.inputs.remove(value)
+    _name(converted)
+    _infer_shapes(converted, where)
+    return converted
+
+
+def _large_initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    return {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > 1024
+    }
+
+
+def _slim_proto(model: ir.Model, large: Mapping[str, ir.TensorProtocol]) -> onnx.ModelProto:
+    """Serialize a model with its large weights turned into inputs.
+
+    onnx's converter and shape inference copy the whole protobuf, which may not exceed 2 GiB.
+    """
+    graph = model.graph
+    values = [graph.initializers.pop(name) for name in large]
+    try:
+        for value in values:
+            value.shape = ir.Shape(large[str(value.name)].shape)
+            value.dtype = large[str(value.name)].dtype
+            value.const_value = None
+        graph.inputs.extend(values)
+        return ir.to_proto(model)
+    finally:
+        for value in values:
+            if value in graph.inputs:
+                graph.inputs.remove(value)
+            value.const_value = large[str(value.name)]
+            graph.initializers[str(value.name)] = value
+
+
+def _fix_input_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], where: str
+) -> None:
+    """Give inputs the shapes asked for and infer all other shapes."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    for name, shape in input_shapes.items():
+        if name not in inputs:
+            raise ModelError(
+                f"there is no input {name!r}", where=where, fix=f"its inputs: {', '.join(inputs)}"
+            )
+        known = _dims(inputs[name].shape)
+        fits = known is None or (
+            len(known) == len(shape)
+            and all(
+                not isinstance(old, int) or old == new
+                for old, new in zip(known, shape, strict=True)
+            )
+        )
+        if not fits or any(size < 1 for size in shape):
+            raise ModelError(
+                f"shape {list(shape)} does not fit input {name!r}, which is {known}", where=where
+            )
+        inputs[name].shape = ir.Shape(shape)
+    if input_shapes:  # what was inferred with symbolic dimensions must not win
+        for node in model.graph:
+            for value in node.outputs:
+                value.shape = None
+        # An output's declared shape would win over the inferred one.
+        for value in model.graph.outputs:
+            if value.producer() is not None:
+                value.shape = None
+    _infer_shapes(model, where)
+
+
+def _infer_shapes(model: ir.Model, where: str) -> None:
+    proto = _slim_proto(model, _large_initializers(model))
+    try:
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    except Exception as error:
+        raise ModelError(
+            f"its shapes contradict each other ({_first_line(error)})",
+            where=where,
+            fix="export the model again; onnx.shape_inference.infer_shapes tells more",
+        ) from error
+    # Data propagation finds the most, but is not strict: it trips over Scan bodies that are valid.
+    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    found = {value.name: value for node in inferred.graph for value in node.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in found:
+                value.shape = found[value.name].shape
+                value.type = found[value.name].type
+
+
+def _fold_constants(model: ir.Model) -> None:
+    """Replace expressions of constants (a transposed weight, say) by their value."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type not in _FOLDABLE or node.domain != "":
+            continue
+        if any(value.is_graph_output() for value in node.outputs) or not node.inputs:
+            continue
+        tensors = [None if value is None else value.const_value for value in node.inputs]
+        if any(
+            value is not None and tensor is None
+            for value, tensor in zip(node.inputs, tensors, strict=True)
+        ):
+            continue
+        if not all(_small_enough(value) for value in node.outputs):
+            continue
+        arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
+        if any(array is not None and array.dtype.kind not in "fiub" for array in arrays):
+            continue
+        results = FloatOperator(node, model.opset_imports[""]).run(arrays)
+        for value, array in zip(node.outputs, results, strict=True):
+            value_name = str(value.name)
+            constant = ir.Value(
+                name=value_name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+                const_value=ir.tensor(array, name=value_name),
+            )
+            value.name = None
+            graph.register_initializer(constant)
+            ir.convenience.replace_all_uses_with(value, constant)
+        graph.remove(node, safe=True)
+
+
+def _small_enough(value: ir.Value) -> bool:
+    if value.shape is None or value.dtype is None or not value.shape.is_static():
+        return False
+    return math.prod(value.shape.numpy()) * 8 <= _FOLD_LIMIT
+
+
+def _check_finite(model: ir.Model, where: str) -> None:
+    """Refuse NaN anywhere and infinities in what multiplies (an attention mask may hold them)."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+            continue
+        array = tensor.numpy()
+        if not np.isfinite(array.sum(dtype=np.float64)):  # cheap: no array of booleans
+            multiplies = any(
+                use.node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+                for use in value.uses()
+            )
+            if np.isnan(array).any() or (multiplies and not np.isfinite(array).all()):
+                users = ", ".join(str(use.node.name) for use in value.uses()) or "nothing"
+                raise ModelError(
+                    f"weight {name!r} (used by {users}) holds NaN or infinite values",
+                    where=where,
+                    fix="the training diverged or the file is damaged; export a healthy checkpoint",
+                )
+
+
+def _value_type(value: ir.Value) -> ValueType:
+    shape = _dims(value.shape)
+    dtype = np.dtype(np.float32) if value.dtype is None else value.dtype.numpy()
+    return ValueType(str(value.name), np.dtype(dtype), None if shape is None else tuple(shape))
+
+

@@ -1,0 +1,172 @@
+"""Bring a float model into the form that quantizes well, without changing what it computes.
+
+1. BatchNormalization, Mul, Add, Sub and Div by constants, one a channel, directly after a Conv
+   move into its weights and bias.
+2. ``alpha`` and ``beta`` of a Gemm move into its weights and bias; a bias that differs from row to
+   row becomes an Add of its own.
+
+Layers keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from bitwright.quant.float_ops import Array
+from bitwright.quant.graph import attribute, constant, weight_input
+from bitwright.quant.load import Model
+
+__all__ = ["add_initializer", "prepare"]
+
+
+def add_initializer(graph: ir.Graph, name: str, array: Array | ir.TensorProtocol) -> ir.Value:
+    """Register an initializer under a name not yet taken, ``name`` itself where that is free."""
+    taken = {value.name for node in graph for value in node.outputs}
+    taken.update(value.name for value in graph.inputs)
+    unique, count = name, 1
+    while unique in graph.initializers or unique in taken:
+        count += 1
+        unique = f"{name}_{count}"
+    tensor = ir.tensor(array, name=unique)
+    value = ir.Value(
+        name=unique,
+        shape=ir.Shape(tensor.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def prepare(model: Model) -> None:
+    """Rewrite the model in place; see the module's docstring for the rules."""
+    for node in list(model.graph):
+        if weight_input(node) != 1 or node.graph is None:
+            continue
+        if node.op_type == "Gemm":
+            _plain_gemm(model.graph, node)
+        elif node.op_type == "Conv":
+            while _fold_follower(model.graph, node):
+                pass
+
+
+def _set_weights(graph: ir.Graph, node: ir.Node, weights: Array, bias: Array | None) -> None:
+    node.replace_input_with(1, add_initializer(graph, f"{node.name}.weight", weights))
+    if bias is not None:
+        value = add_initializer(graph, f"{node.name}.bias", bias)
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, value)
+
+
+def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
+    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    weights = constant(node.inputs[1])
+    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = constant(bias_value)
+    if weights is None or weights.dtype != np.float32:
+        return
+    channels = weights.shape[0 if attribute(node, "transB", 0) else 1]
+    if alpha == 1.0 and beta == 1.0 and (bias_value is None or _has_shape(bias, (channels,))):
+        return
+    vector = None
+    if bias is not None and (bias.size == 1 or _has_shape(bias.reshape(-1), bias.shape[-1:])):
+        vector = np.broadcast_to(bias.reshape(-1) * np.float32(beta), (channels,))
+    elif bias_value is not None:
+        # A bias that is computed or differs from row to row is added, not accumulated.
+        output = node.outputs[0]
+        if beta != 1.0:
+            factor = add_initializer(graph, f"{node.name}.beta", np.float32(beta))
+            scaled = ir.node("Mul", [bias_value, factor], name=f"{node.name}.scaled_bias")
+            graph.insert_before(node, scaled)
+            bias_value = scaled.outputs[0]
+            bias_value.name = f"{node.name}.scaled_bias"
+            bias_value.type, bias_value.shape = output.type, None
+        addition = ir.node("Add", [None, None], name=f"{node.name}.add")
+        sum_ = addition.outputs[0]
+        sum_.name, sum_.type, sum_.shape = f"{output.name}.sum", output.type, output.shape
+        _replace_everywhere(graph, output, sum_)
+        addition.replace_input_with(0, output)
+        addition.replace_input_with(1, bias_value)
+        graph.insert_after(node, addition)
+        node.resize_inputs(2)
+    _set_weights(graph, node, weights * np.float32(alpha), None if vector is None else vector.copy())
+    node.attributes.pop("alpha", None)
+    node.attributes.pop("beta", None)
+
+
+def _has_shape(array: Array | None, shape: tuple[int, ...]) -> bool:
+    return array is not None and array.shape == shape
+
+
+def _replace_everywhere(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Make all users, graph outputs included, read the new value; outputs keep their name."""
+    if old.is_graph_output():
+        old.name, new.name = new.name, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
+    """Fold the operator after a Conv into it; return whether there was one to fold."""
+    output = node.outputs[0]
+    uses = output.uses()
+    if output.is_graph_output() or len(uses) != 1:
+        return False
+    follower, index = next(iter(uses))
+    weights = constant(node.inputs[1])
+    has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
+    bias = constant(node.inputs[2]) if has_bias else None
+    if weights is None or weights.dtype != np.float32 or (has_bias and bias is None):
+        return False
+    channels = weights.shape[0]
+    affine = _affine(follower, index, channels, weights.ndim)
+    if affine is None:
+        return False
+    # In float64, so that folding rounds once.
+    factor, offset = affine
+    wide = weights * factor.reshape(-1, *[1] * (weights.ndim - 1))
+    shifted = (0.0 if bias is None else bias.astype(np.float64)) * factor + offset
+    if not (np.isfinite(wide).all() and np.isfinite(shifted).all()):
+        return False
+    _set_weights(graph, node, wide.astype(np.float32), shifted.astype(np.float32))
+    last = follower.outputs[0]
+    _replace_everywhere(graph, last, output)
+    output.shape = last.shape
+    graph.remove(follower, safe=True)
+    return True
+
+
+def _affine(
+    node: ir.Node, index: int, channels: int, rank: int
+) -> tuple[Array, Array] | None:
+    """Factor and offset, float64 [channels], of an operator that is affine in each channel."""
+    if node.domain != "":
+        return None
+    if node.op_type == "BatchNormalization":
+        parameters = [constant(value) for value in node.inputs[1:5]]
+        if index != 0 or attribute(node, "training_mode", 0) or any(p is None for p in parameters):
+            return None
+        gamma, beta, mean, variance = (p.astype(np.float64) for p in parameters if p is not None)
+        factor = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+        return factor, beta - mean * factor
+    rules: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+        "Mul": lambda c: (c, np.zeros(channels)),
+        "Add": lambda c: (np.ones(channels), c),
+        "Sub": lambda c: (np.ones(channels), -c) if index == 0 else (-np.ones(channels), c),
+        "Div": lambda c: (1.0 / c, np.zeros(channels)),
+    }
+    if node.op_type not in rules or len(node.inputs) != 2 or (node.op_type == "Div" and index):
+        return None
+    other = constant(node.inputs[1 - index])
+    if other is None or other.dtype != np.float32 or other.ndim > rank:
+        return None
+    # Broadcast against [batch, channels, spatial...]: only the channel axis may vary.
+    shape = (1,) * (rank - other.ndim) + other.shape
+    if any(size != 1 for axis, size in enumerate(shape) if axis != 1):
+        return None
+    if shape[1] not in (1, channels) or (node.op_type == "Div" and not other.all()):
+        return None
+    return rules[node.op_type](np.broadcast_to(other.reshape(-1), (channels,)).astype(np.float64))

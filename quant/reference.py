@@ -1,0 +1,693 @@
+"""The integer reference: runs a QDQ model with the integer arithmetic of an accelerator.
+
+It defines every bit. Any QDQ model may enter, bitwright's own or another tool's. Between
+quantizers everything is integer: layers accumulate products of codes, sums and averages of
+activations accumulate codes, elementwise functions are tables over codes, and a
+:class:`~bitwright.quant.requantization.Requantization` turns accumulators into the next codes.
+What lies outside stays float and runs in onnxruntime, operator by operator. The rules stand in
+``docs/integer-semantics.md``; the code favours being obviously right over being fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from bitwright.errors import RunError
+from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
+from bitwright.quant.graph import (
+    attribute,
+    channel_axis,
+    clamp_bounds,
+    constant,
+    data_inputs,
+    elementwise_roots,
+    is_move,
+)
+from bitwright.quant.load import Model
+from bitwright.quant.observers import TensorQuantization
+from bitwright.quant.requantization import (
+    Requantization,
+    RequantizationForm,
+    accumulator_bits,
+    accumulator_bound,
+    quantize_float,
+)
+
+__all__ = ["Reference", "Region"]
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+
+_EXACT_FLOAT64 = 2.0**53
+_SUM_BITS = 30  # width of the multipliers that bring two operands to one scale; 20 up to 8 bit
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """A quantized tensor behind DequantizeLinear.
+
+    ``scale`` and ``zero_point`` broadcast against ``codes``. ``quantization`` describes them where
+    the scale is one number; it is None for per-channel scales and for 32-bit biases.
+    """
+
+    codes: IntArray
+    scale: FloatArray
+    zero_point: IntArray
+    quantization: TensorQuantization | None
+
+    @property
+    def centred(self) -> IntArray:
+        return self.codes - self.zero_point
+
+    @property
+    def magnitude(self) -> int:
+        """Largest |code - zero point| that the type allows."""
+        assert self.quantization is not None
+        low, high = self.quantization.code_min, self.quantization.code_max
+        return max(high - self.quantization.zero_point, self.quantization.zero_point - low)
+
+    def to_float(self) -> Array:
+        return self.centred.astype(np.float32) * self.scale
+
+
+@dataclass(frozen=True)
+class _Accumulator:
+    """Integer sums before requantization.
+
+    ``scale`` (float32, broadcastable) is the value of one step, ``clamp`` the bounds of a Relu or
+    Clip behind, ``bound`` the proven largest magnitude of any partial sum.
+    """
+
+    values: IntArray
+    scale: FloatArray
+    bound: float
+    origin: str
+    kind: str
+    operand_bits: int
+    clamp: tuple[float, float] = (-np.inf, np.inf)
+
+    def to_float(self) -> Array:
+        values = self.values.astype(np.float32) * self.scale
+        return np.clip(values, np.float32(self.clamp[0]), np.float32(self.clamp[1]))
+
+
+@dataclass(frozen=True)
+class _Function:
+    """An elementwise function of codes, not yet evaluated."""
+
+    root: _Codes
+    root_value: ir.Value
+    value: ir.Value
+
+
+_Value: TypeAlias = "Array | _Codes | _Accumulator | _Function"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One integer region: what produces a tensor of codes.
+
+    Attributes
+    ----------
+    name
+        The node that computes: a layer, an arithmetic operator or the last node of a function.
+    kind
+        ``layer``, ``arithmetic``, ``table``, or ``quantize`` (float to codes at the border).
+    codes
+        The tensor of codes it produces.
+    accumulator_bits
+        32 or 64; 0 where nothing accumulates.
+    operand_bits
+        Width of the widest codes that enter or leave.
+    """
+
+    name: str
+    kind: str
+    codes: str
+    accumulator_bits: int
+    operand_bits: int
+
+
+class Reference:
+    """Executes one QDQ model in integers.
+
+    Parameters
+    ----------
+    model
+        A loaded model.
+    requantization
+        ``float`` (the rule everywhere else) or ``fixed``: the multiplier as a 32-bit integer.
+
+    Attributes
+    ----------
+    regions
+        The integer regions by the tensor of codes they produce; filled by the first run.
+    """
+
+    def __init__(self, model: Model, requantization: RequantizationForm = "float") -> None:
+        self._model = model
+        self._form: RequantizationForm = requantization
+        self._roots = elementwise_roots(model.graph)
+        self._weights: dict[ir.Node, _Codes] = {}
+        self._tables: dict[ir.Value, Array] = {}
+        self._operators: dict[ir.Node, FloatOperator] = {}
+        self._last_uses = _last_uses(model.graph, self._roots)
+        self.regions: dict[str, Region] = {}
+
+    def run(
+        self, inputs: Mapping[str, Array], given: Mapping[str, IntArray] | None = None
+    ) -> tuple[dict[str, Array], dict[str, IntArray]]:
+        """Run one batch.
+
+        Parameters
+        ----------
+        inputs
+            Model input to array.
+        given
+            Codes, by the name of their tensor, that replace the computed ones for all that
+            follows. With the codes of another implementation every region is compared on equal
+            input codes.
+
+        Returns
+        -------
+        outputs
+            Model output to array.
+        codes
+            Quantized activation to the codes that this reference computed, int64.
+
+        Raises
+        ------
+        RunError
+            If an operator fails; it names the node.
+        """
+        graph = self._model.graph
+        values: dict[ir.Value, _Value] = {
+            value: np.asarray(inputs[str(value.name)]) for value in graph.inputs
+        }
+        computed: dict[str, IntArray] = {}
+        for position, node in enumerate(graph):
+            try:
+                results = self._execute(node, values)
+            except Exception as error:
+                raise RunError(
+                    f"the integer reference fails in {node.op_type} {node.name!r} "
+                    f"({type(error).__name__}: {str(error)[:300]})",
+                    where=self._model.source,
+                ) from error
+            for value, result in zip(node.outputs, results, strict=False):
+                values[value] = result
+                if node.op_type == "QuantizeLinear" and isinstance(result, np.ndarray):
+                    computed[str(value.name)] = result
+                    values[value] = (given or {}).get(str(value.name), result)
+            for value in self._last_uses.get(position, ()):
+                values.pop(value, None)
+        return {str(v.name): self._array(v, values) for v in graph.outputs}, computed
+
+    def _execute(self, node: ir.Node, values: dict[ir.Value, _Value]) -> Sequence[_Value]:
+        if node.domain == "" and node.op_type == "QuantizeLinear":
+            return [self._quantize(node, values)]
+        if node.domain == "" and node.op_type == "DequantizeLinear":
+            return [self._dequantize(node, values)]
+        operands = [self._operand(value, values) for value in node.inputs]
+        if node.domain == "":
+            root = self._roots.get(node.outputs[0])
+            source = None if root is None else values.get(root)
+            if root is not None and isinstance(source, _Codes) and source.quantization is not None:
+                first = operands[0]
+                if node.op_type == "Relu" and isinstance(first, _Codes):
+                    return [replace(first, codes=np.maximum(first.codes, first.zero_point))]
+                return [_Function(source, root, node.outputs[0])]
+            if is_move(node):
+                moved = self._move(node, operands)
+                if moved is not None:
+                    return moved
+            result = self._compute(node, operands)
+            if result is not None:
+                return [result]
+        return self._run_float(node, values)
+
+    def _compute(self, node: ir.Node, operands: Sequence[_Value | None]) -> _Value | None:
+        """Result of an operator that computes in integers; None where it does not."""
+        first = operands[0] if operands else None
+        clamp = clamp_bounds(node)
+        if clamp is not None and isinstance(first, _Accumulator):
+            low, high = (float(np.clip(bound, *clamp)) for bound in first.clamp)
+            return replace(first, clamp=(low, high))
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            return self._layer(node, operands)
+        if node.op_type == "Add" and len(operands) == 2:
+            for index in (0, 1):
+                accumulator, other = operands[index], operands[1 - index]
+                if isinstance(accumulator, _Accumulator):
+                    return self._add_bias(node, accumulator, node.inputs[1 - index], other)
+        codes = [e for e in operands if isinstance(e, _Codes) and e.quantization is not None]
+        if len(codes) == 2 and node.op_type in ("Add", "Sub"):
+            return _sum(node, codes[0], codes[1], -1 if node.op_type == "Sub" else 1)
+        if len(codes) == 2 and node.op_type == "Mul":
+            return _Accumulator(
+                codes[0].centred * codes[1].centred,
+                np.asarray(codes[0].scale * codes[1].scale, np.float32),
+                float(codes[0].magnitude * codes[1].magnitude),
+                str(node.name),
+                "arithmetic",
+                max(_bits(entry) for entry in codes),
+            )
+        if isinstance(first, _Codes) and first.quantization is not None:
+            return _average(node, first, operands)
+        return None
+
+    # -- values --------------------------------------------------------------------------------
+
+    @staticmethod
+    def _operand(value: ir.Value | None, values: Mapping[ir.Value, _Value]) -> _Value | None:
+        if value is None:
+            return None
+        return values[value] if value in values else constant(value)
+
+    def _array(self, value: ir.Value, values: Mapping[ir.Value, _Value]) -> Array:
+        """A value as an array of its ONNX element type."""
+        found = self._operand(value, values)
+        if isinstance(found, _Function):
+            return self._look_up(found, self._table(found))
+        if isinstance(found, _Codes | _Accumulator):
+            return found.to_float()
+        if found is None:
+            raise ValueError(f"there is no value {value.name!r}")
+        if value.dtype is not None and found.dtype == np.int64 != value.dtype.numpy():
+            return found.astype(value.dtype.numpy())
+        return found
+
+    def _run_float(self, node: ir.Node, values: Mapping[ir.Value, _Value]) -> list[Array]:
+        if node not in self._operators:
+            self._operators[node] = FloatOperator(node, self._model.opset)
+        operator = self._operators[node]
+        inputs = [None if value is None else self._array(value, values) for value in node.inputs]
+        captured = [self._array(value, values) for value in operator.captured]
+        results = iter(operator.run(inputs, captured))
+        return [next(results) if value.name else np.empty(0) for value in node.outputs]
+
+    # -- quantizers and tables -----------------------------------------------------------------
+
+    def _parameters(
+        self, node: ir.Node, values: Mapping[ir.Value, _Value], dtype: ir.DataType | None
+    ) -> tuple[FloatArray, IntArray, TensorQuantization | None]:
+        """Scale, zero point, and their description where the scale is one number."""
+        scale_value = node.inputs[1]
+        assert scale_value is not None
+        scale = np.asarray(self._array(scale_value, values), np.float32)
+        zero_value = node.inputs[2] if len(node.inputs) > 2 else None
+        zero = np.zeros(scale.shape, np.int64)
+        if zero_value is not None:
+            zero = np.asarray(self._array(zero_value, values)).astype(np.int64)
+        if scale.size != 1 or dtype is None or dtype.bitwidth > 16:
+            return scale, zero, None
+        signed = str(dtype).startswith("INT")
+        quantization = TensorQuantization(scale.item(), int(zero.item()), dtype.bitwidth, signed)
+        return scale.reshape(()), zero.reshape(()), quantization
+
+    def _quantize(self, node: ir.Node, values: Mapping[ir.Value, _Value]) -> IntArray:
+        source_value, output = node.inputs[0], node.outputs[0]
+        assert source_value is not None
+        dtype = output.dtype
+        scale, zero_point, quantization = self._parameters(node, values, dtype)
+        source = self._operand(source_value, values)
+        name, kind, accumulator, bits = str(node.name), "quantize", 0, 0
+        if quantization is None:
+            if dtype is None or dtype.bitwidth > 16:
+                raise ValueError(f"codes of type {dtype} are not supported")
+            axis = attribute(node, "axis", 1)
+            array = self._array(source_value, values)
+            shape = _along(axis, array.ndim)
+            signed = str(dtype).startswith("INT")
+            limits = TensorQuantization(1.0, 0, dtype.bitwidth, signed)
+            codes = np.rint(array / scale.reshape(shape)) + zero_point.reshape(shape)
+            result = np.clip(codes, limits.code_min, limits.code_max).astype(np.int64)
+        elif isinstance(source, _Accumulator):
+            name, kind = source.origin, source.kind
+            accumulator, bits = accumulator_bits(source.bound), source.operand_bits
+            requantization = Requantization.between(source.scale, quantization, source.clamp)
+            result = requantization.apply(source.values, self._form)
+        elif isinstance(source, _Function):
+            producer = source.value.producer()
+            name, kind, bits = str(producer.name if producer else name), "table", _bits(source.root)
+            if output not in self._tables:
+                self._tables[output] = quantize_float(self._table(source), scale, quantization)
+            result = self._look_up(source, self._tables[output])
+        elif isinstance(source, _Codes) and source.quantization == quantization:
+            result = source.codes
+        else:
+            result = quantize_float(self._array(source_value, values), scale, quantization)
+        width = 0 if dtype is None else dtype.bitwidth
+        self.regions[str(output.name)] = Region(
+            name, kind, str(output.name), accumulator, max(bits, width)
+        )
+        return result
+
+    def _dequantize(self, node: ir.Node, values: Mapping[ir.Value, _Value]) -> _Value:
+        if node in self._weights:
+            return self._weights[node]
+        value = node.inputs[0]
+        assert value is not None
+        found = self._operand(value, values)
+        if attribute(node, "block_size", 0) or not isinstance(found, np.ndarray):
+            return self._run_float(node, values)[0]
+        scale, zero_point, quantization = self._parameters(node, values, value.dtype)
+        codes = found.astype(np.int64)
+        if scale.size != 1:
+            shape = _along(attribute(node, "axis", 1), codes.ndim)
+            scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        result = _Codes(codes, scale, zero_point, quantization)
+        if constant(value) is not None:
+            self._weights[node] = result
+        return result
+
+    def _table(self, function: _Function) -> Array:
+        """Float values of a function for every code of its root, computed once, by onnxruntime.
+
+        The same table serves the code generator, so functions are exact wherever they run.
+        """
+        if function.value not in self._tables:
+            quantization = function.root.quantization
+            assert quantization is not None
+            codes = np.arange(quantization.code_min, quantization.code_max + 1)
+            centred = (codes - quantization.zero_point).astype(np.float32)
+            inputs = centred * np.float32(quantization.scale)
+            self._tables[function.value] = _evaluate(
+                function.root_value, function.value, inputs, self._model.opset
+            )
+        return self._tables[function.value]
+
+    @staticmethod
+    def _look_up(function: _Function, table: Array) -> Array:
+        assert function.root.quantization is not None
+        looked_up: Array = table[function.root.codes - function.root.quantization.code_min]
+        return looked_up
+
+    # -- operators -----------------------------------------------------------------------------
+
+    def _move(self, node: ir.Node, operands: Sequence[_Value | None]) -> list[_Value] | None:
+        """Carry codes. The operator runs on centred codes (0 is 0.0) in float32, which is exact."""
+        data = [operands[index] for index in data_inputs(node)]
+        first = data[0]
+        if not isinstance(first, _Codes) or first.quantization is None:
+            return None
+        arrays: list[Array | None] = []
+        for operand in operands:
+            if isinstance(operand, _Codes):
+                if operand.quantization != first.quantization:
+                    return None
+                arrays.append(operand.centred.astype(np.float32))
+            elif operand is None or isinstance(operand, np.ndarray):
+                arrays.append(operand)
+            else:
+                return None
+        if any(not isinstance(entry, _Codes) for entry in data):
+            return None
+        if node not in self._operators:
+            self._operators[node] = FloatOperator(node, self._model.opset)
+        results = self._operators[node].run(arrays)
+        return [
+            replace(first, codes=result.astype(np.int64) + first.zero_point) for result in results
+        ]
+
+    def _layer(self, node: ir.Node, operands: Sequence[_Value | None]) -> _Accumulator | None:
+        left, right = operands[0], operands[1]
+        if not isinstance(left, _Codes) or not isinstance(right, _Codes):
+            return None
+        if node.op_type == "Gemm" and (
+            attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0
+        ):
+            return None
+        constant_left = _is_stored(node.inputs[0]) and not _is_stored(node.inputs[1])
+        data, weights = (right, left) if constant_left else (left, right)
+        if data.quantization is None:
+            return None
+        axis = channel_axis(node, weights.codes.ndim)
+        if weights.scale.size > 1 and (axis is None or weights.scale.size != weights.codes.shape[axis]):
+            return None
+        scale = np.asarray(data.scale * weights.scale.reshape(-1), np.float32)
+        if weights.scale.size == 1:
+            scale = scale.reshape(())
+        bias_codes = None
+        if len(operands) > 2 and operands[2] is not None:
+            bias_codes = _bias_codes(operands[2], scale)
+            if bias_codes is None:
+                return None
+        bound = accumulator_bound(weights.centred, axis, data.quantization, bias_codes)
+        if weights.quantization is not None and not _is_stored(node.inputs[0 if constant_left else 1]):
+            # Both operands are computed: the largest codes of the type bound the products.
+            bound = float(data.magnitude * weights.magnitude * left.codes.shape[-1])
+        x, w = data.centred, weights.centred
+        if node.op_type == "Conv":
+            values = _convolve(x, w, node, exact=bound < _EXACT_FLOAT64)
+            trailing = (1,) * (x.ndim - 2)
+        else:
+            if node.op_type == "Gemm":
+                x = x.T if attribute(node, "transA", 0) else x
+                w = w.T if attribute(node, "transB", 0) else w
+            values = _matmul(w, x, bound) if constant_left else _matmul(x, w, bound)
+            trailing = (1,) if constant_left and scale.ndim else ()
+        if scale.ndim:
+            scale = scale.reshape(-1, *trailing)
+        if bias_codes is not None:
+            values = values + bias_codes.reshape(*bias_codes.shape, *trailing)
+        bits = max(_bits(data), _bits(weights))
+        return _Accumulator(values, scale, bound, str(node.name), "layer", bits)
+
+    @staticmethod
+    def _add_bias(
+        node: ir.Node, accumulator: _Accumulator, value: ir.Value | None, bias: _Value | None
+    ) -> _Accumulator | None:
+        """Add of a constant directly behind a layer: its bias."""
+        stored = isinstance(bias, np.ndarray) and constant(value) is not None
+        if not (stored or _is_stored(value)) or accumulator.clamp != (-np.inf, np.inf):
+            return None
+        codes = _bias_codes(bias, accumulator.scale)
+        if codes is None:
+            return None
+        bound = accumulator.bound + float(np.abs(codes.astype(np.float64)).max(initial=0.0))
+        return replace(accumulator, values=accumulator.values + codes, bound=bound)
+
+
+def _bits(entry: _Codes) -> int:
+    """Width of codes; per-channel weights say it by their values, at most 8 bits unless larger."""
+    if entry.quantization is not None:
+        return entry.quantization.bits
+    return 16 if np.abs(entry.codes).max(initial=0) > 255 else 8
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Whether a value is a dequantized initializer."""
+    producer = None if value is None else value.producer()
+    return (
+        producer is not None
+        and producer.op_type == "DequantizeLinear"
+        and constant(producer.inputs[0]) is not None
+    )
+
+
+def _along(axis: int, rank: int) -> tuple[int, ...]:
+    shape = [1] * rank
+    shape[axis] = -1
+    return tuple(shape)
+
+
+def _bias_codes(bias: _Value | None, scale: FloatArray) -> IntArray | None:
+    """Bias in steps of the accumulator, int64; None where it is no constant or does not fit."""
+    if isinstance(bias, _Codes):
+        own = bias.scale.reshape(-1)
+        if np.array_equal(np.broadcast_to(scale.reshape(-1), own.shape) if scale.size == 1 else scale.reshape(-1), own):
+            return bias.centred
+        bias = bias.to_float()
+    if not isinstance(bias, np.ndarray):
+        return None
+    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+    return codes.astype(np.int64) if np.abs(codes).max(initial=0.0) < 2.0**62 else None
+
+
+def _matmul(a: IntArray, b: IntArray, bound: float) -> IntArray:
+    """Integer matrix product; float64 is exact, and fast, while all partial sums stay below 2^53."""
+    if bound < _EXACT_FLOAT64:
+        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
+    return np.asarray(np.matmul(a, b), np.int64)
+
+
+def _padding(
+    node: ir.Node, sizes: Sequence[int], kernel: Sequence[int]
+) -> tuple[list[tuple[int, int]], tuple[int, ...], tuple[int, ...]]:
+    """Padding of each spatial axis, strides and dilations of a convolution or pooling."""
+    rank = len(sizes)
+    strides = tuple(attribute(node, "strides") or (1,) * rank)
+    dilations = tuple(attribute(node, "dilations") or (1,) * rank)
+    auto = attribute(node, "auto_pad", "NOTSET")
+    pads = list(attribute(node, "pads") or (0,) * (2 * rank))
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        padding = []
+        for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+            total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+            small, large = total // 2, total - total // 2
+            padding.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        return padding, strides, dilations
+    if auto == "VALID":
+        pads = [0] * (2 * rank)
+    return list(zip(pads[:rank], pads[rank:], strict=True)), strides, dilations
+
+
+def _windows(
+    x: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> Array:
+    """Views of all windows: [N, C, *spatial] to [N, C, *output, *kernel]."""
+    rank = len(kernel)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    axes = tuple(range(2, 2 + rank))
+    windows = np.lib.stride_tricks.sliding_window_view(x, extent, axis=axes)
+    steps = [slice(None, None, step) for step in (*strides, *dilations)]
+    return windows[(slice(None), slice(None), *steps)]
+
+
+def _convolve(x: IntArray, w: IntArray, node: ir.Node, *, exact: bool) -> IntArray:
+    """Integer convolution of centred codes: [N, C, *spatial] by [M, C/groups, *kernel]."""
+    kernel = w.shape[2:]
+    groups = attribute(node, "group", 1)
+    padding, strides, dilations = _padding(node, x.shape[2:], kernel)
+    dtype = np.float64 if exact else np.int64  # see _matmul
+    matrix = w.astype(dtype).reshape(groups, w.shape[0] // groups, -1)
+    images = []
+    for image in np.pad(x, [(0, 0), (0, 0), *padding]).astype(dtype):  # bounded memory
+        windows = _windows(image[None], kernel, strides, dilations)[0]
+        output = windows.shape[1 : 1 + len(kernel)]
+        # [groups, C/groups, *output, *kernel] -> [groups, C/groups * kernel, output]
+        columns = windows.reshape(groups, -1, int(np.prod(output)), int(np.prod(kernel)))
+        columns = columns.swapaxes(2, 3).reshape(groups, -1, int(np.prod(output)))
+        images.append(np.matmul(matrix, columns).astype(np.int64).reshape(w.shape[0], *output))
+    return np.stack(images) if images else np.zeros((0, w.shape[0], *x.shape[2:]), np.int64)
+
+
+def _sum(node: ir.Node, a: _Codes, b: _Codes, sign: int) -> _Accumulator:
+    """Sum of two activations: both brought to one scale by integer multipliers."""
+    bits = max(_bits(a), _bits(b))
+    width = _SUM_BITS if bits > 8 else 20
+    step = max(float(a.scale), float(b.scale)) / 2.0**width
+    factors = [int(np.rint(float(entry.scale) / step)) for entry in (a, b)]
+    bound = float(factors[0] * a.magnitude + factors[1] * b.magnitude)
+    values = factors[0] * a.centred + sign * factors[1] * b.centred
+    return _Accumulator(values, np.float32(step), bound, str(node.name), "arithmetic", bits)
+
+
+def _average(
+    node: ir.Node, x: _Codes, operands: Sequence[_Value | None]
+) -> _Accumulator | None:
+    """Averages and sums over windows or axes: sums of codes, the divisor in the scale."""
+    centred = x.centred
+    counts: Array
+    if node.op_type == "GlobalAveragePool":
+        values = centred.sum(axis=tuple(range(2, centred.ndim)), keepdims=True)
+        counts = np.asarray(float(np.prod(centred.shape[2:])))
+    elif node.op_type in ("ReduceMean", "ReduceSum"):
+        axes = operands[1] if len(operands) > 1 else attribute(node, "axes")
+        if isinstance(axes, _Codes | _Accumulator | _Function):
+            return None
+        reduced = tuple(int(axis) for axis in np.asarray(axes).reshape(-1)) if axes is not None else ()
+        if not reduced:
+            if attribute(node, "noop_with_empty_axes", 0):
+                return None
+            reduced = tuple(range(centred.ndim))
+        values = centred.sum(axis=reduced, keepdims=bool(attribute(node, "keepdims", 1)))
+        size = np.prod([centred.shape[axis] for axis in reduced])
+        counts = np.asarray(float(size) if node.op_type == "ReduceMean" else 1.0)
+    elif node.op_type == "AveragePool":
+        values, counts = _average_pool(node, centred)
+    else:
+        return None
+    terms = centred.size // max(values.size, 1) if node.op_type != "AveragePool" else np.prod(
+        attribute(node, "kernel_shape")
+    )
+    scale = (np.float64(x.scale) / counts).astype(np.float32)
+    bound = float(x.magnitude * terms)
+    return _Accumulator(np.asarray(values), scale, bound, str(node.name), "arithmetic", _bits(x))
+
+
+def _average_pool(node: ir.Node, x: IntArray) -> tuple[IntArray, Array]:
+    """Window sums, and how many terms the average of each window divides by."""
+    kernel = attribute(node, "kernel_shape")
+    padding, strides, dilations = _padding(node, x.shape[2:], kernel)
+    ones = np.ones((1, 1, *x.shape[2:]), np.int64)
+    inside = [(0, 0), (0, 0), *padding]
+    include = bool(attribute(node, "count_include_pad", 0))
+    ones = np.pad(ones, inside, constant_values=1 if include else 0)
+    x = np.pad(x, inside)
+    if attribute(node, "ceil_mode", 0):
+        extra = [(0, 0), (0, 0)]
+        for axis, (k, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+            size, extent = x.shape[2 + axis], (k - 1) * dilation + 1
+            count = -(-(size - extent) // stride) + 1
+            # A window that would start in the padding behind the data is left out.
+            if (count - 1) * stride >= size - padding[axis][1]:
+                count -= 1
+            extra.append((0, max((count - 1) * stride + extent - size, 0)))
+        x, ones = np.pad(x, extra), np.pad(ones, extra)
+    axes = tuple(range(-len(kernel), 0))
+    sums = _windows(x, kernel, strides, dilations).sum(axis=axes)
+    counts = _windows(ones, kernel, strides, dilations).sum(axis=axes)
+    return sums, np.maximum(counts, 1).astype(np.float64)
+
+
+def _evaluate(root: ir.Value, value: ir.Value, inputs: FloatArray, opset: int) -> Array:
+    """Evaluate the elementwise chain from ``root`` to ``value`` on a vector of inputs."""
+    nodes: dict[ir.Node, None] = {}
+    constants: dict[str, Array] = {}
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        array = constant(current)
+        if array is not None:
+            constants[str(current.name)] = array
+        elif current is not root:
+            node = current.producer()
+            assert node is not None
+            nodes[node] = None
+            pending.extend(entry for entry in node.inputs if entry is not None)
+    ordered = [node for node in (value.graph or root.graph or ()) if node in nodes]
+    rank = max([1, *(array.ndim for array in constants.values())])
+    shaped = inputs.reshape(-1, *(1,) * (rank - 1))
+    float_type = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in ordered],
+        "table",
+        [onnx.helper.make_tensor_value_info(str(root.name), float_type, shaped.shape)],
+        [onnx.helper.make_tensor_value_info(str(value.name), float_type, shaped.shape)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10
+    )
+    session = make_session(model, optimize=False)
+    result: Array = session.run(None, {str(root.name): shaped})[0].reshape(-1)
+    return result
+
+
+def _last_uses(
+    graph: ir.Graph, roots: Mapping[ir.Value, ir.Value]
+) -> dict[int, list[ir.Value]]:
+    """Position of a node to the values nobody needs after it; a function needs its root."""
+    last: dict[ir.Value, int] = {}
+    for position, node in enumerate(graph):
+        for value in (*node.inputs, *captured_values(node)):
+            if value is not None:
+                last[value] = position
+                if value in roots:
+                    last[roots[value]] = position
+    kept = set(graph.outputs)
+    kept.update(roots[value] for value in graph.outputs if value in roots)
+    frees: dict[int, list[ir.Value]] = {}
+    for value, position in last.items():
+        if value not in kept:
+            frees.setdefault(position, []).append(value)
+    return frees

@@ -1,0 +1,157 @@
+"""How an accumulator becomes the next code: one definition for reference and code generation.
+
+``code = saturate(rint(float32(accumulator) * M) + zero_point)`` with
+``M = float32(float32(s_x * s_w) / s_y)``, the convention of onnxruntime's QLinear operators, or the
+same with a 32-bit integer multiplier and a shift for hardware without floats. ``rint`` rounds ties
+to even in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright.quant.observers import TensorQuantization
+
+__all__ = [
+    "Requantization",
+    "RequantizationForm",
+    "accumulator_bits",
+    "accumulator_bound",
+    "quantize_float",
+]
+
+RequantizationForm = Literal["float", "fixed"]
+IntArray = npt.NDArray[np.int64]
+
+
+def quantize_float(
+    values: npt.NDArray[Any], scale: npt.ArrayLike, quantization: TensorQuantization
+) -> IntArray:
+    """Quantize floats as ONNX QuantizeLinear does: divide, round to even, add, saturate."""
+    codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
+    return np.clip(
+        codes.astype(np.float64) + quantization.zero_point,
+        quantization.code_min,
+        quantization.code_max,
+    ).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Requantization:
+    """Constants that turn accumulators into codes.
+
+    Attributes
+    ----------
+    multiplier
+        ``M``, float32, broadcastable to the accumulator (one a channel, or one).
+    output
+        The quantization of the result.
+    low, high
+        Bounds of the codes: the type's range, narrowed by a Relu or Clip.
+    """
+
+    multiplier: npt.NDArray[np.float32]
+    output: TensorQuantization
+    low: int
+    high: int
+
+    @classmethod
+    def between(
+        cls,
+        accumulator_scale: npt.NDArray[np.float32],
+        output: TensorQuantization,
+        clamp: tuple[float, float] = (-np.inf, np.inf),
+    ) -> Requantization:
+        """Derive the constants.
+
+        Parameters
+        ----------
+        accumulator_scale
+            ``float32(s_x * s_w)``: the value of one accumulator step.
+        output
+            The quantization of the result.
+        clamp
+            Bounds, in real numbers, of a Relu or Clip between accumulator and code. Rounding is
+            monotone, so clamping the codes equals clamping the values.
+        """
+        scale = np.float32(output.scale)
+        with np.errstate(over="ignore"):
+            multiplier = np.asarray(accumulator_scale, np.float32) / scale
+            bounds = quantize_float(np.array(clamp, np.float32), scale, output)
+        return cls(multiplier, output, int(bounds[0]), int(bounds[1]))
+
+    def apply(self, accumulator: IntArray, form: RequantizationForm = "float") -> IntArray:
+        """Turn accumulators (int64 array) into codes (int64 array of the same shape)."""
+        if form == "fixed":
+            rounded = self._fixed_point(accumulator)
+        else:
+            scaled = np.rint(accumulator.astype(np.float32) * self.multiplier)
+            # Beyond 2^31 every code saturates; the cut keeps the conversion defined.
+            rounded = np.clip(scaled, -(2.0**31), 2.0**31).astype(np.int64)
+        return np.clip(rounded + self.output.zero_point, self.low, self.high)
+
+    def fixed_point(self) -> tuple[IntArray, IntArray]:
+        """Return multiplier ``m`` in [2^30, 2^31) and shift ``n`` with ``M`` about ``m / 2^n``.
+
+        The relative error of ``m / 2^n`` is below 2^-31; a multiplier of 0 gives ``m = 0``.
+        """
+        mantissa, exponent = np.frexp(self.multiplier.astype(np.float64))
+        # A float32 mantissa has 24 bits, so this is exact.
+        return np.rint(mantissa * 2.0**31).astype(np.int64), 31 - exponent.astype(np.int64)
+
+    def _fixed_point(self, accumulator: IntArray) -> IntArray:
+        multiplier, shift = np.broadcast_arrays(*self.fixed_point())
+        # Python integers: the product of a 64-bit accumulator and m may need 96 bits.
+        wide = np.abs(accumulator).max(initial=0) >= 2**31
+        product = accumulator.astype(object) * multiplier if wide else accumulator * multiplier
+        # Past 63 bits of shift the result is 0 for any 32-bit accumulator; before 1 it is huge.
+        right = np.clip(shift, 1, 100 if wide else 62)
+        half = (1 << (right.astype(object) - 1)) if wide else np.left_shift(1, right - 1)
+        floor = product >> right
+        rest = product - (floor << right)
+        odd = (floor & 1) == 1
+        rounded = floor + ((rest > half) | ((rest == half) & odd))
+        return np.clip(rounded, -(2**31), 2**31).astype(np.int64)
+
+
+def accumulator_bound(
+    weights: npt.NDArray[Any],
+    channel_axis: int | None,
+    activation: TensorQuantization,
+    bias: npt.NDArray[Any] | None = None,
+) -> float:
+    """Largest magnitude that any input can produce in any partial sum of a layer, in any order.
+
+    It is the sum of |w| over an output channel, times the largest |x - zero_point|, plus |bias|,
+    the largest over all channels.
+
+    Parameters
+    ----------
+    weights
+        Integer codes, their zero point subtracted.
+    channel_axis
+        Axis of the output channels, None for a single output.
+    activation
+        Quantization of the layer's input.
+    bias
+        Codes of the bias, shape [channels] or [], or None.
+    """
+    axes = tuple(axis for axis in range(weights.ndim) if axis != channel_axis)
+    sums = np.abs(weights.astype(np.int64)).sum(axis=axes)
+    largest = max(
+        activation.code_max - activation.zero_point, activation.zero_point - activation.code_min
+    )
+    # float64 is exact up to 2^53 and cannot wrap around beyond.
+    bound = sums.astype(np.float64) * largest
+    if bias is not None:
+        bound = bound + np.abs(bias.astype(np.float64))
+    return float(np.max(bound, initial=0.0))
+
+
+def accumulator_bits(bound: float) -> int:
+    """Width of the accumulator: 32 bits where the bound proves them to be enough, else 64."""
+    return 32 if bound < 2**31 else 64

@@ -1,0 +1,1 @@
+"""The MOHAQ search over per-layer precisions."""

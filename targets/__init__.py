@@ -1,0 +1,1 @@
+"""Accelerators: descriptions, cost models, links, code generation."""
