@@ -120,7 +120,7 @@ def quantize_seconds(path: Path, samples: Path, target: Path, batch: int) -> flo
     target
         The file to write.
     batch
-        Calibration samples a call.
+        Calibration samples a call; 0 leaves the number to bitwright.
 
     Returns
     -------
@@ -136,8 +136,7 @@ def quantize_seconds(path: Path, samples: Path, target: Path, batch: int) -> flo
         calibration=samples,
         output=target,
         overwrite=True,
-        batch_size=batch,
-        progress=False,
+        batch_size=batch or None,
     )
     return time.perf_counter() - begin
 
@@ -229,7 +228,7 @@ def _probe(arguments: Sequence[str], text: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def measure_memory(path: Path, samples: Path, target: Path, batch: int) -> tuple[int, Bound]:
+def measure_memory(path: Path, samples: Path, target: Path, batch: int) -> tuple[int, Bound, int]:
     """Measure the peak of a fresh process that quantizes, and work out the bound.
 
     Parameters
@@ -241,12 +240,12 @@ def measure_memory(path: Path, samples: Path, target: Path, batch: int) -> tuple
     target
         The file to write.
     batch
-        Calibration samples a call.
+        Calibration samples a call; 0 leaves the number to bitwright.
 
     Returns
     -------
     tuple
-        Peak resident bytes, and the bound.
+        Peak resident bytes, the bound, and the samples a call that it is made for.
     """
     quantizing = _probe(["quantize", str(path), str(samples), str(target), str(batch)])
     idle = _probe(["import"], json.dumps(quantizing["modules"]))
@@ -254,9 +253,9 @@ def measure_memory(path: Path, samples: Path, target: Path, batch: int) -> tuple
         baseline=idle["peak_bytes"],
         model_file=path.stat().st_size,
         weights=weight_bytes(path),
-        activations_per_batch=activation_bytes(path, batch),
+        activations_per_batch=activation_bytes(path, quantizing["batch"]),
     )
-    return int(quantizing["peak_bytes"]), bound
+    return int(quantizing["peak_bytes"]), bound, int(quantizing["batch"])
 
 
 # --------------------------------------------------------------------------- command line
@@ -281,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="time and memory of bitwright.quantize")
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="calibration images a call")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="calibration images a call; 0: bitwright's choice"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="onnxruntime's threads (the peer)")
     options = parser.parse_args(arguments)
@@ -311,14 +312,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ours.append(quantize_seconds(model.path, samples, target, options.batch))
             gc.collect()
         print("memory", file=sys.stderr, flush=True)
-        peak, bound = measure_memory(model.path, samples, target, options.batch)
+        peak, bound, batch = measure_memory(model.path, samples, target, options.batch)
 
     inference, quantize = statistics.median(peer), statistics.median(ours)
     allowance = ALLOWED_RATIO * inference + ALLOWED_SECONDS
     seconds = [
         [f"onnxruntime {ort.__version__}, float inference, batch {best}", *_spread(peer), "1.00"],
         [
-            f"bitwright.quantize, batch {options.batch}",
+            f"bitwright.quantize, batch {batch}",
             *_spread(ours),
             f"{quantize / inference:.2f}",
         ],
@@ -335,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ["interpreter and libraries", _megabytes(bound.baseline)],
         ["model file", _megabytes(bound.model_file)],
         ["weights, float32", _megabytes(bound.weights)],
-        [f"activations, 2 x {options.batch} images", _megabytes(2 * bound.activations_per_batch)],
+        [f"activations, 2 x {batch} images", _megabytes(2 * bound.activations_per_batch)],
         [],
         ["bound", _megabytes(bound.total)],
         ["bitwright.quantize, peak", _megabytes(peak)],

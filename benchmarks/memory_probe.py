@@ -1,7 +1,8 @@
 """Runs in a process of its own and prints its peak resident memory, as one line of JSON.
 
 ``python -m benchmarks.memory_probe quantize MODEL SAMPLES.npz OUTPUT BATCH`` quantizes a model
-and also lists the modules that were loaded. ``python -m benchmarks.memory_probe import`` imports
+and also says how large its batches were (BATCH 0 leaves that to bitwright) and which modules were
+loaded. ``python -m benchmarks.memory_probe import`` imports
 the modules named on standard input and does nothing else: what the interpreter and the libraries
 take by themselves.
 """
@@ -35,18 +36,20 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _quantize(model: str, samples: str, output: str, batch: str) -> None:
+def _quantize(model: str, samples: str, output: str, batch: str) -> int:
     import bitwright
 
+    calls: list[int] = []
     bitwright.quantize(
         Path(model),
         precision="w8a8",
         calibration=Path(samples),
         output=Path(output),
         overwrite=True,
-        batch_size=int(batch),
-        progress=False,
+        batch_size=int(batch) or None,
+        progress=lambda done, _total: calls.append(done),
     )
+    return calls[0]
 
 
 def _import(names: list[str]) -> None:
@@ -70,11 +73,12 @@ def main(arguments: list[str]) -> int:
         The exit code.
     """
     if arguments[:1] == ["quantize"]:
-        _quantize(*arguments[1:])
+        batch = _quantize(*arguments[1:])
     else:
+        batch = 0
         _import(json.loads(sys.stdin.read()))
     modules = sorted(name for name in sys.modules if not name.startswith("__"))
-    print(json.dumps({"peak_bytes": peak_bytes(), "modules": modules}))
+    print(json.dumps({"peak_bytes": peak_bytes(), "modules": modules, "batch": batch}))
     return 0
 
 

@@ -33,7 +33,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +86,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to call bitwright's quantizer."""
+    """One way to call bitwright's quantizer: a name and keyword arguments."""
 
     name: str
-    clip: Literal["mmse", "percentile", "minmax"]
-    elementwise_bits: int
-    asymmetric: bool = False
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,16 +130,19 @@ PEERS = (
     Peer("Percentile, uint8", "Percentile", "QUInt8", symmetric=False),
     Peer("Percentile, int8 symmetric", "Percentile", "QInt8", symmetric=True),
 )
-DEFAULT = Setting("default (mmse, elementwise 16)", "mmse", 16)
+#: Nothing is passed, so that the verdict is about the defaults whatever they are.
+DEFAULT = Setting("default", {})
 SETTINGS = (
     DEFAULT,
-    Setting("mmse, elementwise 8", "mmse", 8),
-    Setting("percentile, elementwise 16", "percentile", 16),
-    Setting("percentile, elementwise 8", "percentile", 8),
-    Setting("minmax, elementwise 16", "minmax", 16),
-    Setting("minmax, elementwise 8", "minmax", 8),
-    Setting("mmse, elementwise 16, asymmetric", "mmse", 16, asymmetric=True),
-    Setting("mmse, elementwise 8, asymmetric", "mmse", 8, asymmetric=True),
+    *(
+        Setting(
+            f"{clip}, elementwise {bits}{', asymmetric' if asymmetric else ''}",
+            {"clip": clip, "elementwise_bits": bits, "asymmetric": asymmetric},
+        )
+        for clip in ("mmse", "percentile", "minmax")
+        for asymmetric in (False, True)
+        for bits in (16, 8)
+    ),
 )
 
 
@@ -332,13 +333,8 @@ def quantize_with_bitwright(case: Case, setting: Setting, target: Path, *, batch
         precision="w8a8",
         calibration={input_name(case.model.path): case.calibration.inputs},
         output=target,
-        overwrite=True,
-        clip=setting.clip,
-        per_channel=True,
-        asymmetric=setting.asymmetric,
-        elementwise_bits=setting.elementwise_bits,
         batch_size=batch,
-        progress=False,
+        **setting.options,
     )
 
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec
 
-import typer
+from bitwright.errors import BitwrightError, Interrupted, OutputError, UsageError
 
-from bitwright.errors import BitwrightError, Interrupted, UsageError
+try:
+    import typer
+except KeyboardInterrupt:  # the one import that takes long before a command is there to say it
+    print("error: interrupted", file=sys.stderr)  # noqa: T201 - as a command would
+    raise SystemExit(Interrupted.exit_code) from None
 
 __all__ = ["app", "main"]
 
@@ -33,6 +38,8 @@ app = typer.Typer(
 
 _options = {"debug": False}
 
+_INTERRUPTED = 130  # typer's exit code for Ctrl-C between the commands' own guards
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -42,20 +49,20 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"bitwright {version('bitwright')}")
+        typer.echo(f"bitwright {version('bitwright')}")
         raise typer.Exit
 
 
 @app.callback()
 def _common(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.")
-    ] = False,
-    version: Annotated[
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001 - its callback answers it
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
     ] = False,
 ) -> None:
     _options["debug"] = debug
+    if not debug:  # what libraries log would stand between our lines on stderr
+        logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 
 def _command(function: Callable[P, None]) -> Callable[P, None]:
@@ -69,15 +76,17 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             _fail(Interrupted("interrupted", fix="nothing half-written was left behind"))
         except BitwrightError as error:
             _fail(error)
-        except BrokenPipeError:  # the reader of our output has gone
-            raise typer.Exit(1) from None
+        except BrokenPipeError:  # the reader of our output has gone; typer ends without a word
+            raise
+        except OSError as error:  # what we read and write has errors of its own, except this
+            _fail(OutputError(f"cannot be written ({error.strerror})", where="standard output"))
         except Exception as error:
             if _options["debug"]:
                 raise
-            print(
+            typer.echo(
                 f"internal error: {type(error).__name__}: {error}\n"
                 "  this is a bug of bitwright; --debug shows the traceback to report",
-                file=sys.stderr,
+                err=True,
             )
             raise typer.Exit(1) from None
 
@@ -88,7 +97,7 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
 def _fail(error: BitwrightError) -> None:
     if _options["debug"]:
         raise error
-    print(f"error: {error}", file=sys.stderr)
+    typer.echo(f"error: {error}", err=True)
     raise typer.Exit(error.exit_code)
 
 
@@ -96,11 +105,24 @@ def _fail(error: BitwrightError) -> None:
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on a terminal's error stream; nothing in a pipeline."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -115,12 +137,12 @@ def _print_json(document: Any) -> None:
             return [plain(entry) for entry in value]
         return value
 
-    print(json.dumps(plain(document), indent=2))
+    typer.echo(json.dumps(plain(document), indent=2))
 
 
 def _input_shapes(entries: Sequence[str]) -> dict[str, list[int]]:
     shapes = {}
-    for entry in entries:
+    for number, entry in enumerate(entries, start=1):
         name, separator, sizes = entry.rpartition("=")
         try:
             shapes[name] = [int(size) for size in sizes.split(",")] if sizes.strip() else []
@@ -128,6 +150,8 @@ def _input_shapes(entries: Sequence[str]) -> dict[str, list[int]]:
             separator = ""
         if not separator:
             raise UsageError(f"{entry!r} is no input shape", fix="write it like x=1,3,224,224")
+        if len(shapes) < number:
+            raise UsageError(f"the shape of input {name!r} is given twice", fix="leave out one")
     return shapes
 
 
@@ -178,6 +202,8 @@ def plan(
         name, separator, text = entry.rpartition("=")
         if not separator:
             raise UsageError(f"{entry!r} is no layer precision", fix="write it like conv1=w4a8")
+        if name in layers:
+            raise UsageError(f"layer {name!r} is given twice", fix="leave out one")
         layers[name] = text
     made = make_plan(
         model,
@@ -187,7 +213,7 @@ def plan(
         output=output,
         overwrite=overwrite,
     )
-    print(f"{output}: {len(made.layers)} layers")
+    typer.echo(f"{output}: {len(made.layers)} layers")
 
 
 @_command
@@ -294,7 +320,7 @@ def evaluate(
             if result.unit == "fraction"
             else f"{result.value:.6g} {result.unit}".rstrip()
         )
-        print(
+        typer.echo(
             f"{result.metric} {value}  ({result.samples} samples, {result.engine}, "
             f"{result.seconds:.2f} s)"
         )
@@ -342,11 +368,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
+    code = 0
     try:
         app(list(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
-    return 0
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:
+        typer.echo("error: interrupted", err=True)
+        code = Interrupted.exit_code
+    return code

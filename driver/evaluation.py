@@ -1,7 +1,8 @@
-"""``bitwright evaluate`` and ``bitwright compare``: how good a model is, and whether it is exact."""
+"""``bitwright evaluate`` and ``bitwright compare``: how good a model is, whether it is exact."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -151,6 +152,11 @@ def evaluate(
             where=loaded.source,
             fix="quantize it first, or use the engine onnxruntime",
         )
+    if odd := [value.name for value in loaded.outputs if value.dtype.kind not in "fiub"]:
+        raise ModelError(
+            f"output {odd[0]!r} is no array of numbers; nothing else can be measured",
+            where=loaded.source,
+        )
     samples = Samples(data, loaded.inputs)
     if measure.needs == "labels" and not samples.has_labels:
         raise DataError(
@@ -163,7 +169,15 @@ def evaluate(
                 f"metric {metric} compares with the float model, and none is given",
                 fix="name it (--against FLOAT.onnx)",
             )
-        expected_runner = _session_runner(load(against))
+        float_model = load(against)
+        names = {value.name for value in loaded.outputs}
+        if missing := [v.name for v in float_model.outputs if v.name not in names]:
+            raise ModelError(
+                f"has an output {missing[0]!r} that {loaded.source} lacks",
+                where=float_model.source,
+                fix="compare a quantized model with the float model it was made from",
+            )
+        expected_runner = _session_runner(float_model)
     run = (
         _session_runner(loaded)
         if engine == "onnxruntime"
@@ -174,21 +188,31 @@ def evaluate(
         start = time.perf_counter()
         outputs = run(batch.inputs)
         seconds += time.perf_counter() - start
-        for name, array in outputs.items():
-            if array.dtype.kind == "f" and np.isnan(array).any():
-                raise RunError(
-                    f"output {name!r} is NaN on samples {done} to {done + batch.samples - 1}",
-                    where=loaded.source,
-                )
         expected = expected_runner(batch.inputs) if expected_runner is not None else {}
-        measure.update(outputs, batch.labels, expected)
+        for source, arrays in ((loaded.source, outputs), (str(against), expected)):
+            for name, array in arrays.items():
+                if array.dtype.kind == "f" and np.isnan(array).any():
+                    raise RunError(
+                        f"output {name!r} is NaN on samples {done} to {done + batch.samples - 1}",
+                        where=source,
+                    )
+        try:
+            with np.errstate(all="ignore"):  # infinite outputs are found below
+                measure.update(outputs, batch.labels, expected)
+        except DataError as error:  # a metric does not know the file
+            raise DataError(error.what, where=error.where or samples.where, fix=error.fix) from None
         done += batch.samples
         if progress is not None:
             progress(done, len(samples))
+    value = measure.value()
+    if math.isnan(value):
+        raise RunError(
+            f"metric {metric} is not a number: outputs are infinite", where=loaded.source
+        )
     return Evaluation(
         loaded.source,
         metric,
-        measure.value(),
+        value,
         measure.unit,
         measure.higher_is_better,
         len(samples),
@@ -253,6 +277,8 @@ def compare(
     """
     if requantization not in ("float", "fixed"):
         raise UsageError(f"{requantization!r} is no requantization", fix="choose float or fixed")
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size} is not positive")
     loaded = load(model)
     samples = Samples(data, loaded.inputs)
     try:

@@ -18,22 +18,32 @@ def check_writable(path: str | Path, *, overwrite: bool) -> Path:
     Raises
     ------
     OutputError
-        If the file exists (and ``overwrite`` is not set), is a folder, or its folder is missing or
-        read-only.
+        If the file exists (and ``overwrite`` is not set), is no regular file, or its folder is
+        missing or read-only.
     """
     path = Path(path)
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, say
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(path)) from error
     if path.is_dir():
         raise OutputError("is a folder; give the name of a file", where=str(path))
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         raise OutputError(
-            "exists already", where=str(path), fix="choose another name, or allow overwriting it"
+            "exists already",
+            where=str(path),
+            fix="choose another name, or overwrite it (--overwrite)",
         )
+    if exists and not path.is_file():  # a result takes the place of what was there, even a device's
+        raise OutputError("is not a regular file; give another name", where=str(path))
     if not path.parent.is_dir():
         raise OutputError(
             f"the folder {str(path.parent)!r} does not exist", where=str(path), fix="make it first"
         )
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"the folder {str(path.parent)!r} is read-only", where=str(path))
+        raise OutputError(
+            f"the folder {str(path.parent)!r} is read-only", where=str(path), fix="choose another"
+        )
     return path
 
 
@@ -45,9 +55,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     OutputError
         If the disk is full or refuses; nothing is left behind.
     """
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".bitwright-", suffix=".tmp")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -55,12 +66,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         # mkstemp makes files private; a result is as readable as any other new file.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
     except BaseException as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
         if isinstance(error, OSError):
             raise OutputError(
                 f"cannot be written ({error.strerror or error})",

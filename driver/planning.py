@@ -74,20 +74,34 @@ def resolve_plan(
     PlanError
         If the plan cannot be read or does not fit the model.
     """
-    if (precision is None) == (plan is None):
-        raise UsageError("give either a precision for all layers or a plan", fix="not both")
+    if precision is None and plan is None:
+        raise UsageError(
+            "there is neither a precision for all layers nor a plan",
+            fix="give one: --precision w8a8, say, or --plan FILE",
+        )
+    if precision is not None and plan is not None:
+        raise UsageError(
+            "there are both a precision for all layers and a plan", fix="leave out one of them"
+        )
     if precision is not None:
         layers = fit_plan(model, _precision(precision)).layers
-        return fit_plan(model, PrecisionPlan(layers, elementwise_bits=elementwise_bits or 16))
+        bits = 16 if elementwise_bits is None else elementwise_bits
+        return fit_plan(model, PrecisionPlan(layers, elementwise_bits=bits))
     if elementwise_bits is not None:
         raise UsageError("elementwise bits are part of the plan", fix="set them there")
     if isinstance(plan, PrecisionPlan):
         return fit_plan(model, plan)
     assert plan is not None
     try:
-        text = Path(plan).read_text(encoding="utf-8")
+        text = Path(plan).read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except FileNotFoundError:
         raise PlanError("there is no such file", where=str(plan)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot be read ({error})", where=str(plan)) from error
+    except OSError as error:
+        raise PlanError(f"cannot be read ({error.strerror})", where=str(plan)) from error
+    except UnicodeDecodeError:
+        raise PlanError(
+            "not a JSON document: it is no UTF-8 text",
+            where=str(plan),
+            fix="see docs/precision-plans.md",
+        ) from None
     return fit_plan(model, PrecisionPlan.from_json(text, where=str(plan)), where=str(plan))

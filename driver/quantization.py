@@ -80,6 +80,10 @@ def quantize(
         If calibration runs into NaN or infinite values.
     """
     path = None if output is None else check_writable(output, overwrite=overwrite)
+    if path is not None and path.exists() and path.resolve() == Path(model).resolve():
+        raise OutputError(
+            "is the float model itself, which would be lost", where=str(path), fix="choose another"
+        )
     loaded = load(model)
     complete = resolve_plan(loaded, precision, plan, elementwise_bits)
     result = quantize_model(

@@ -55,6 +55,17 @@ def _kind(layer: Layer) -> str:
     return layer.kind
 
 
+def _shape_option(result: Inspection) -> str:
+    """The option that fixes the sizes of the first input that needs it."""
+    for entry in result.inputs:
+        if any(isinstance(dim, str) for dim in entry.shape or ()):
+            sizes = ",".join(
+                str(dim) if isinstance(dim, int) else "<size>" for dim in entry.shape or ()
+            )
+            return escape(f"--input-shape {entry.name}={sizes}")
+    return "--input-shape"
+
+
 def print_inspection(result: Inspection) -> None:
     """Print layers and the reasons why the other operators are none."""
     console = _console()
@@ -91,11 +102,8 @@ def print_inspection(result: Inspection) -> None:
     if result.assumed:
         console.print(f"MACs of one sample: {escape(', '.join(result.assumed))}")
     if result.macs is None:
-        free = [entry for entry in result.inputs if any(isinstance(d, str) for d in entry.shape or ())]
-        example = ",".join(str(d) if isinstance(d, int) else "1" for d in free[0].shape or ()) if free else "1"
         console.print(
-            "'-': depends on a size that is not fixed; fix it with "
-            f"--input-shape {escape(free[0].name) if free else 'NAME'}={example} (your sizes)"
+            f"'-' depends on a size that is not fixed; fix it with {_shape_option(result)}"
         )
     groups: dict[tuple[str, str], list[str]] = {}
     for other in result.others:
@@ -152,9 +160,7 @@ def print_quantized(result: Quantized, model: Path, output: Path) -> None:
     if result.float_operators:
         shown = ", ".join(f"{name} ({operator})" for name, operator in result.float_operators[:10])
         more = len(result.float_operators) - 10
-        console.print(
-            f"stay float: {escape(shown)}" + (f" and {more} more" if more > 0 else "")
-        )
+        console.print(f"stay float: {escape(shown)}" + (f" and {more} more" if more > 0 else ""))
     for note in result.notes:
         console.print(f"note: {escape(note)}")
     before, after = model.stat().st_size, output.stat().st_size
@@ -169,7 +175,8 @@ def print_comparison(result: Comparison) -> None:
     """Print how many codes agree in every region."""
     console = _console()
     table = _table(
-        f"{Path(result.source).name}: integer reference against onnxruntime, {result.samples} samples",
+        f"{Path(result.source).name}: integer reference against onnxruntime, "
+        f"{result.samples} samples",
         ["region", "kind"],
         ["bits", "accumulator", "codes", "equal", "largest difference", "equal end to end"],
     )

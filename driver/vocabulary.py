@@ -34,7 +34,7 @@ Dim: TypeAlias = int | str
 
 LayerKind = Literal["conv", "matmul", "recurrent", "scan"]
 
-_PRECISION_TEXT = re.compile(r"w(\d+)a(\d+)")
+_PRECISION_TEXT = re.compile(r"w([0-9]{1,9})a([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Precision:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(self, name)
-            if isinstance(bits, bool) or bits not in BIT_WIDTHS:
+            if type(bits) is not int or bits not in BIT_WIDTHS:  # True and 8.0 are no widths
                 raise PlanError(
                     f"{name} is {bits!r}, which is not a supported width",
                     fix=f"choose one of {', '.join(map(str, BIT_WIDTHS))} bits",
@@ -230,7 +230,7 @@ class PrecisionPlan:
     schema_version: int = field(default=PLAN_SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
-        if self.elementwise_bits not in (8, 16):
+        if type(self.elementwise_bits) is not int or self.elementwise_bits not in (8, 16):
             raise PlanError(
                 f"elementwise_bits is {self.elementwise_bits!r}", fix="choose 8 or 16 bits"
             )
@@ -275,14 +275,14 @@ class PrecisionPlan:
 
         try:
             document = json.loads(text, object_pairs_hook=duplicates)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
             raise PlanError(
                 f"not a JSON document ({error})", where=where, fix="see docs/precision-plans.md"
             ) from error
         if not isinstance(document, dict):
             raise PlanError("the plan must be a JSON object", where=where)
         version = document.get("schema_version")
-        if version != PLAN_SCHEMA_VERSION or isinstance(version, bool):
+        if type(version) is not int or version != PLAN_SCHEMA_VERSION:
             raise PlanError(
                 f"schema_version is {version!r}",
                 where=where,
@@ -317,7 +317,8 @@ class PrecisionPlan:
             try:
                 precisions[name] = Precision.parse(entry)
             except PlanError as error:
-                raise PlanError(error.what, where=f"{where}, layer {name!r}", fix=error.fix) from None
+                place = f"{where}, layer {name!r}"
+                raise PlanError(error.what, where=place, fix=error.fix) from None
         try:
             return cls(
                 layers=precisions,

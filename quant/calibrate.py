@@ -8,25 +8,15 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.errors import DataError, ModelError, RunError
-from bitwright.quant.float_ops import make_session
+from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.load import Model
 from bitwright.quant.observers import Observer
-from bitwright.quant.samples import ProgressCallback, Samples
+from bitwright.quant.samples import Batch, ProgressCallback, Samples
 
-__all__ = ["calibrate", "default_batch_size"]
+__all__ = ["calibrate"]
 
-_BATCH_BYTES = 1 << 26  # activations of one batch, about
-
-
-def default_batch_size(values: Sequence[ir.Value]) -> int:
-    """Batch whose watched activations take about 64 MiB: 1 to 32 samples."""
-    per_sample = 0
-    for value in values:
-        size = 4
-        for dim in value.shape or ():
-            size *= dim if isinstance(dim, int) else 1
-        per_sample += size
-    return int(np.clip(_BATCH_BYTES // max(per_sample, 1), 1, 32))
+_BATCH_BYTES = 1 << 27  # watched activations of one batch, about
+_MAX_BATCH = 32
 
 
 def calibrate(
@@ -35,8 +25,9 @@ def calibrate(
     samples: Samples,
     *,
     batch_size: int | None = None,
+    keep: int = 0,
     progress: ProgressCallback | None = None,
-) -> dict[str, Observer]:
+) -> tuple[dict[str, Observer], list[Batch]]:
     """Observe tensors over all samples, once, one batch of activations in memory.
 
     Parameters
@@ -48,14 +39,18 @@ def calibrate(
     samples
         The calibration data.
     batch_size
-        Samples a run; by default what keeps the watched tensors near 64 MiB.
+        Samples a run; by default as many as keep the watched tensors below 128 MiB, 1 to 32.
+    keep
+        How many samples, spread evenly over all, to hand back.
     progress
         Called after every batch.
 
     Returns
     -------
-    dict
+    observers
         Value name to what was observed.
+    kept
+        The samples kept, in batches of the size used.
 
     Raises
     ------
@@ -66,17 +61,7 @@ def calibrate(
     observers = {str(value.name): Observer() for value in watched}
     session_outputs = [value for value in watched if not value.is_graph_input()]
     fed = {str(value.name) for value in watched if value.is_graph_input()}
-    outputs = model.graph.outputs
-    original = list(outputs)
-    outputs.clear()
-    outputs.extend(session_outputs)
-    if not session_outputs:  # a session needs an output
-        outputs.extend(original)
-    try:
-        proto = model.to_proto()
-    finally:
-        outputs.clear()
-        outputs.extend(original)
+    proto = model.to_proto_with_outputs(session_outputs)
     try:
         session = make_session(proto, optimize=True)
     except Exception as error:  # onnxruntime raises several kinds
@@ -86,17 +71,30 @@ def calibrate(
         ) from error
     del proto
     names = [str(value.name) for value in session_outputs]
-    size = batch_size or default_batch_size(watched)
-    done = 0
-    for batch in samples.batches(size):
+
+    def run(batch: Batch, first: int) -> list[Array]:
         try:
-            results = session.run(names, batch.inputs) if names else []
+            return list(session.run(names, batch.inputs)) if names else []
         except Exception as error:
             raise DataError(
-                f"the model fails on samples {done} to {done + batch.samples - 1} "
+                f"the model fails on samples {first} to {first + batch.samples - 1} "
                 f"({str(error).splitlines()[0][:300]})",
                 where=samples.where,
             ) from error
+
+    if batch_size is None:
+        # Shapes are often symbolic all the way, so what a sample takes is measured on the first.
+        probe = next(samples.batches(1))
+        sample_bytes = sum(array.nbytes for array in run(probe, 0)) // probe.samples
+        batch_size = int(np.clip(_BATCH_BYTES // max(sample_bytes, 1), 1, _MAX_BATCH))
+    picked = {int(index) for index in np.linspace(0, len(samples) - 1, keep)}
+    kept: list[Batch] = []
+    done = 0
+    for batch in samples.batches(batch_size):
+        rows = [index - done for index in sorted(picked) if done <= index < done + batch.samples]
+        if rows and sum(entry.samples for entry in kept) < keep:
+            kept.append(batch if samples.fixed_batch else _rows(batch, rows))
+        results = run(batch, done)
         pairs = [*zip(names, results, strict=True), *((n, batch.inputs[n]) for n in sorted(fed))]
         for name, array in pairs:
             try:
@@ -107,9 +105,28 @@ def calibrate(
                     where=f"{model.source}, tensor {name!r}",
                     fix="check that the samples are scaled as in training",
                 ) from None
+        del results, pairs, array  # or the next run holds two batches of activations
         done += batch.samples
         if progress is not None:
             progress(done, len(samples))
-    return observers
+    if kept and not samples.fixed_batch:
+        kept = _regroup(kept, batch_size)
+    return observers, kept
 
 
+def _rows(batch: Batch, rows: list[int]) -> Batch:
+    return Batch({name: array[rows] for name, array in batch.inputs.items()}, None, len(rows))
+
+
+def _regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """Join batches and cut them into batches of ``size`` samples."""
+    joined = {
+        name: np.concatenate([batch.inputs[name] for batch in batches])
+        for name in batches[0].inputs
+    }
+    count = sum(batch.samples for batch in batches)
+    whole = Batch(joined, None, count)
+    return [
+        _rows(whole, list(range(start, min(start + size, count))))
+        for start in range(0, count, size)
+    ]

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from bitwright.errors import ModelError
 from bitwright.quant.float_ops import Array, make_session
+from bitwright.quant.graph import attribute, constant
 from bitwright.quant.load import Model
 from bitwright.quant.reference import Reference
 from bitwright.quant.requantization import RequantizationForm
@@ -79,7 +81,7 @@ def compare_codes(
     Raises
     ------
     ModelError
-        If the model is not quantized.
+        If the model is not quantized, or computes its scales.
     """
     # Codes below 8 bits cannot leave onnxruntime, so they are read off the dequantized values.
     dequantized = {
@@ -93,6 +95,13 @@ def compare_codes(
         raise ModelError(
             "has no quantized activations", where=model.source, fix="quantize it first"
         )
+    for _, node in dequantized.values():
+        if any(value is not None and constant(value) is None for value in node.inputs[1:]):
+            raise ModelError(
+                f"computes the scale or zero point of {node.name!r}: it has no codes to compare",
+                where=model.source,
+                fix="quantize it statically, with constant scales",
+            )
     proto = model.to_proto()
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
@@ -107,20 +116,15 @@ def compare_codes(
     done = 0
     for batch in samples.batches(batch_size):
         results = dict(zip(names, session.run(names, batch.inputs), strict=True))
-        theirs = {
-            codes: _codes(results[name], node) for codes, (name, node) in dequantized.items()
-        }
+        theirs = {codes: _codes(results[name], node) for codes, (name, node) in dequantized.items()}
         _, ours = reference.run(batch.inputs, given=theirs)
         _, alone = reference.run(batch.inputs)
         for codes, total in totals.items():
             difference = np.abs(ours[codes] - theirs[codes])
-            total += (
-                difference.size,
-                np.count_nonzero(difference),
-                0,
-                np.count_nonzero(alone[codes] != theirs[codes]),
-            )
+            total[0] += difference.size
+            total[1] += np.count_nonzero(difference)
             total[2] = max(total[2], difference.max(initial=0))
+            total[3] += np.count_nonzero(alone[codes] != theirs[codes])
         done += batch.samples
         if progress is not None:
             progress(done, len(samples))
@@ -137,13 +141,8 @@ def compare_codes(
     ]
 
 
-def _codes(values: Array, node: object) -> Array:
+def _codes(values: Array, node: ir.Node) -> Array:
     """Codes of dequantized values: (code - zero point) * scale divided by the scale is exact."""
-    import onnx_ir as ir
-
-    from bitwright.quant.graph import attribute, constant
-
-    assert isinstance(node, ir.Node)
     scale = constant(node.inputs[1])
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     assert scale is not None

@@ -31,7 +31,8 @@ def make_session(
         A model in memory, or the path of a file.
     optimize
         Whether onnxruntime may rewrite the graph. For a quantized model it may not: some of its
-        fusions quantize activations on their own or change the rounding.
+        fusions quantize activations on their own or change the rounding. Threads that wait sleep
+        then: made to spin, those of a small session cost more to end than all of its work.
     threads
         Threads of one operator; None lets onnxruntime choose.
     """
@@ -39,6 +40,7 @@ def make_session(
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if isinstance(model, onnx.ModelProto):
@@ -87,14 +89,17 @@ class FloatOperator:
         self._node.input.extend(
             "" if value is None else f"input_{i}" for i, value in enumerate(node.inputs)
         )
-        self._outputs = [f"output_{i}" if value.name else "" for i, value in enumerate(node.outputs)]
+        self._outputs = [
+            f"output_{i}" if value.name else "" for i, value in enumerate(node.outputs)
+        ]
         self._node.output.extend(self._outputs)
-        self._opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+        self._opsets = [
+            onnx.helper.make_opsetid("", opset),
+            onnx.helper.make_opsetid("ai.onnx.ml", 3),
+        ]
         self._sessions: dict[tuple[Any, ...], ort.InferenceSession] = {}
 
-    def run(
-        self, inputs: Sequence[Array | None], captured: Sequence[Array] = ()
-    ) -> list[Array]:
+    def run(self, inputs: Sequence[Array | None], captured: Sequence[Array] = ()) -> list[Array]:
         """Compute the outputs of the node.
 
         Parameters

@@ -36,8 +36,8 @@ _MOVES = frozenset(
 )
 _UNARY = frozenset(
     "Abs Celu Ceil Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish LeakyRelu Log Mish Neg"
-    " Reciprocal Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tanh ThresholdedRelu"
-    .split()
+    " Reciprocal Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tanh"
+    " ThresholdedRelu".split()
 )
 _BINARY = frozenset("Add Div Max Min Mul Pow PRelu Sub".split())
 _AVERAGES = frozenset("AveragePool GlobalAveragePool ReduceMean ReduceSum".split())
@@ -106,7 +106,8 @@ def is_move(node: ir.Node) -> bool:
     if node.op_type == "Concat":
         return True
     if node.op_type == "Pad":
-        fill = constant(node.inputs[2]) if len(node.inputs) > 2 else np.float32(0)
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        fill = np.zeros(1) if value is None else constant(value)
         mode = attribute(node, "mode", "constant")
         return mode != "constant" or (fill is not None and not np.any(fill))
     if node.op_type == "MaxPool":
@@ -156,7 +157,7 @@ def is_arithmetic(node: ir.Node) -> bool:
 
 
 def _is_scalar(value: ir.Value | None, rank: int) -> bool:
-    """Whether a value is a constant that broadcasts without raising the rank of its partner."""
+    """Whether a value is one constant number that leaves the shape of a partner of ``rank``."""
     array = constant(value)
     return array is not None and array.size == 1 and array.ndim <= rank
 
@@ -178,7 +179,12 @@ def elementwise_roots(
         if is_clamp(node) or (node.op_type in _UNARY and len(node.inputs) == 1):
             operands = [node.inputs[0]]
         elif node.op_type in _BINARY:
-            rank = max((len(v.shape) for v in node.inputs if v is not None and v.shape), default=0)
+            ranks = [
+                0 if value is None or value.shape is None else len(value.shape)
+                for value in node.inputs
+                if constant(value) is None
+            ]
+            rank = max(ranks, default=0)
             operands = [value for value in node.inputs if not _is_scalar(value, rank)]
         else:
             continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from bitwright.errors import ModelError
 from bitwright.quant.graph import attribute, channel_axis, constant, weight_input
 from bitwright.quant.load import Model
 from bitwright.vocabulary import Dim, Layer, Precision
@@ -41,12 +42,17 @@ def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
         None.
     others
         One entry for every other operator of the main graph.
+
+    Raises
+    ------
+    ModelError
+        If the groups of a convolution do not divide its channels.
     """
     layers: list[Layer] = []
     others: list[NotLayer] = []
     for node in model.graph:
         if weight_input(node) is not None:
-            layers.append(_describe(node))
+            layers.append(_describe(node, model.source))
         else:
             others.append(NotLayer(str(node.name), node.op_type, _reason(node)))
     return tuple(layers), tuple(others)
@@ -58,16 +64,16 @@ def quantized_precision(node: ir.Node) -> Precision | None:
     if index is None:
         return None
     bits = []
-    for operand in (node.inputs[index], node.inputs[1 - index]):
-        producer = None if operand is None else operand.producer()
+    for value in (node.inputs[index], node.inputs[1 - index]):
+        producer = None if value is None else value.producer()
         # Moves between the quantizer and the layer leave the width as it is.
         while producer is not None and producer.op_type != "DequantizeLinear":
-            operand = producer.inputs[0] if producer.inputs else None
-            producer = None if operand is None else operand.producer()
+            before = producer.inputs[0] if producer.inputs else None
+            producer = None if before is None else before.producer()
         codes = None if producer is None else producer.inputs[0]
-        if codes is None or codes.dtype is None or codes.dtype.bitsize not in (2, 4, 8, 16):
+        if codes is None or codes.dtype is None or codes.dtype.bitwidth not in (2, 4, 8, 16):
             return None
-        bits.append(codes.dtype.bitsize)
+        bits.append(codes.dtype.bitwidth)
     return Precision(weight_bits=bits[0], activation_bits=bits[1])
 
 
@@ -81,7 +87,7 @@ def _number(dim: Dim) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _describe(node: ir.Node) -> Layer:
+def _describe(node: ir.Node, where: str) -> Layer:
     index = weight_input(node)
     assert index is not None
     weights, data = node.inputs[index], node.inputs[1 - index]
@@ -90,6 +96,12 @@ def _describe(node: ir.Node) -> Layer:
     if node.op_type == "Conv":
         rank = len(weight_shape) - 2
         groups = attribute(node, "group", 1)
+        if groups < 1 or weight_shape[0] % groups:  # onnx does not check it
+            raise ModelError(
+                f"{groups} groups do not divide the {weight_shape[0]} channels of Conv {node.name!r}",
+                where=where,
+                fix="export the model again",
+            )
         spatial = output_shape[2:] if output_shape else ("?",) * rank
         return Layer(
             name=str(node.name),

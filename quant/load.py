@@ -7,14 +7,16 @@ into initializers, folds constant expressions and infers shapes. Symbolic dimens
 
 from __future__ import annotations
 
+import graphlib
 import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import google.protobuf.message
 import numpy as np
@@ -50,12 +52,27 @@ _FOLDABLE = frozenset(
     "Abs Add Cast Concat Div Exp Flatten Gather Identity Mul Neg Pow Reciprocal Reshape Shape Slice"
     " Split Sqrt Squeeze Sub Transpose Unsqueeze".split()
 )
-_FOLD_LIMIT = 1 << 28  # bytes an expression may grow to
+_FOLD_LIMIT = 1 << 28  # bytes that all expressions together may add to the weights
 
-_HALF = {
+# Inlining compares the names of all copies of a function; functions that call functions multiply.
+_MAX_CALLS = 2000
+
+_MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+
+# Attributes that name an element type.
+_TYPE_ATTRIBUTES = frozenset(
+    "to dtype output_dtype output_datatype precision softmax_precision stash_type".split()
+)
+
+_HALF: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
+
+
+# Inside Model, "ir" is the field.
+_Graph: TypeAlias = ir.Graph
+_Value: TypeAlias = ir.Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +110,7 @@ class Model:
     notes: tuple[str, ...] = ()
 
     @property
-    def graph(self) -> ir.Graph:
+    def graph(self) -> _Graph:
         """The main graph."""
         return self.ir.graph
 
@@ -121,6 +138,18 @@ class Model:
         """Serialize to an ONNX protobuf, all tensors inside."""
         return ir.to_proto(self.ir)
 
+    def to_proto_with_outputs(self, values: Sequence[_Value]) -> onnx.ModelProto:
+        """Serialize the model with other values as its outputs; the model itself stays."""
+        outputs = self.graph.outputs
+        original = list(outputs)
+        outputs.clear()
+        outputs.extend(values or original)
+        try:
+            return self.to_proto()
+        finally:
+            outputs.clear()
+            outputs.extend(original)
+
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Model:
         """Return a copy whose inputs have the given shapes, all other shapes inferred anew.
 
@@ -129,8 +158,16 @@ class Model:
         ModelError
             If there is no such input, or a shape contradicts the model.
         """
-        model = self.ir.clone()
-        _fix_input_shapes(model, input_shapes, self.source)
+        try:
+            model = self.ir.clone()
+            _fix_input_shapes(model, input_shapes, self.source)
+        except BitwrightError:
+            raise
+        except Exception as error:  # as in load
+            raise ModelError(
+                f"cannot take the input shapes {dict(input_shapes)} ({_first_line(error)})",
+                where=self.source,
+            ) from error
         return Model(model, self.source, self.structure_hash, self.weights_hash, self.notes)
 
 
@@ -192,11 +229,19 @@ def _first_line(error: BaseException) -> str:
 def _read(path: Path) -> onnx.ModelProto:
     where = str(path)
     try:
+        if path.is_dir():
+            raise ModelError("is a folder, not an ONNX file", where=where)
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise ModelError("is not a regular file", where=where)
+        if path.stat().st_size >= onnx.checker.MAXIMUM_PROTOBUF:
+            raise ModelError(
+                "is larger than 2 GiB, which no ONNX file can be",
+                where=where,
+                fix="export the model with its weights as external data",
+            )
         content = path.read_bytes()
     except FileNotFoundError:
         raise ModelError("there is no such file", where=where) from None
-    except IsADirectoryError:
-        raise ModelError("is a folder, not an ONNX file", where=where) from None
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=where) from error
     if not content:
@@ -215,20 +260,27 @@ def _read(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """All tensors of a model, those of subgraphs and functions too."""
-    pending: list[Any] = [proto.graph, *proto.functions]
-    while pending:
-        holder = pending.pop()
-        yield from getattr(holder, "initializer", ())
+def _holders(proto: onnx.ModelProto) -> Iterator[Any]:
+    """All that holds nodes: the main graph, functions, and the bodies inside, level by level."""
+    found: list[Any] = [proto.graph, *proto.functions]
+    for holder in found:  # grows on the way
+        yield holder
         for node in holder.node:
             for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
                 if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                pending.extend(attribute.graphs)
+                    found.append(attribute.g)
+                found.extend(attribute.graphs)
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a model, those of subgraphs and functions too."""
+    for holder in _holders(proto):
+        yield from getattr(holder, "initializer", ())
+        attributes = [attribute for node in holder.node for attribute in node.attribute]
+        for attribute in (*attributes, *getattr(holder, "attribute_proto", ())):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
 
 
 def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
@@ -241,60 +293,16 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
             where=where,
             fix="update onnx, or export the model with an older operator set",
         )
-    own = {(function.domain, function.name) for function in proto.functions}
-    foreign = [
-        node
-        for node in proto.graph.node
-        if node.domain not in _STANDARD_DOMAINS and (node.domain, node.op_type) not in own
-    ]
-    if foreign:
-        shown = ", ".join(
-            f"{node.domain}.{node.op_type} ({node.name or node.output[0] or 'nameless'})"
-            for node in foreign[:8]
-        )
-        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
-        raise ModelError(
-            f"uses operators that are not part of the ONNX standard: {shown}{more}",
-            where=where,
-            fix="export the model without optimizations of one runtime, with standard operators",
-        )
+    _check_operators(proto, where)
+    _check_calls(proto, where)
+    in_graph = {id(tensor) for tensor in proto.graph.initializer}
     for tensor in _tensors(proto):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
-        info = onnx.external_data_helper.ExternalDataInfo(tensor)
-        if base is None:
-            raise ModelError(
-                f"tensor {tensor.name!r} lies in the external file {info.location!r}",
-                where=where,
-                fix="give the path of the model, or load its external data first",
-            )
-        file = base / info.location
-        if not file.resolve().is_relative_to(base.resolve()):
-            raise ModelError(
-                f"tensor {tensor.name!r} points outside the model's folder ({info.location!r})",
-                where=where,
-            )
-        if not file.is_file():
-            raise ModelError(
-                f"external data of tensor {tensor.name!r} are missing: no file {str(file)!r}",
-                where=where,
-                fix="copy the data file beside the model",
-            )
-        # Offset and length are the file's claims; a short file would crash readers that map it.
-        end = (info.offset or 0) + (info.length or 0)
-        if (info.offset or 0) < 0 or (info.length or 0) < 0 or file.stat().st_size < end:
-            raise ModelError(
-                f"external data of tensor {tensor.name!r} are truncated: {str(file)!r} is shorter "
-                f"than {end} bytes",
-                where=where,
-                fix="copy the whole data file",
-            )
+        if onnx.external_data_helper.uses_external_data(tensor):
+            _check_external(tensor, where, base)
+            if id(tensor) not in in_graph:  # small, and the checker would look for it elsewhere
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(base))
     try:
-        if base is not None and proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-            onnx.checker.check_model(where)
-        else:
-            with _external_left_out(proto) as slim:
-                onnx.checker.check_model(slim)
+        onnx.checker.check_model(_external_as_inputs(proto))
     except onnx.checker.ValidationError as error:
         raise ModelError(
             f"not a valid ONNX model ({_first_line(error)})",
@@ -303,39 +311,138 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
         ) from error
 
 
-class _external_left_out:  # noqa: N801 - a context manager used like a function
-    """Hand the checker the model with external tensors as inputs: it looks for them elsewhere."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self._proto = proto
-
-    def __enter__(self) -> onnx.ModelProto:
-        external = [
-            tensor
-            for tensor in self._proto.graph.initializer
-            if onnx.external_data_helper.uses_external_data(tensor)
-        ]
-        if not external:
-            return self._proto
-        slim = onnx.ModelProto()
-        slim.CopyFrom(self._proto)
-        declared = {value.name for value in slim.graph.input}
-        kept = [
-            tensor
-            for tensor in slim.graph.initializer
-            if not onnx.external_data_helper.uses_external_data(tensor)
-        ]
-        slim.graph.ClearField("initializer")
-        slim.graph.initializer.extend(kept)
-        slim.graph.input.extend(
-            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            for tensor in external
-            if tensor.name not in declared
+def _check_operators(proto: onnx.ModelProto, where: str) -> None:
+    """Refuse operators that are not standard, all at once, and sparse tensors."""
+    own = {(function.domain, function.name) for function in proto.functions}
+    foreign = [
+        node
+        for holder in _holders(proto)
+        for node in holder.node
+        if node.domain not in _STANDARD_DOMAINS and (node.domain, node.op_type) not in own
+    ]
+    if foreign:
+        shown = ", ".join(
+            f"{node.domain}.{node.op_type} ({node.name or next(iter(node.output), 'nameless')})"
+            for node in foreign[:8]
         )
-        return slim
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        raise ModelError(
+            f"uses operators that are not part of the ONNX standard: {shown}{more}",
+            where=where,
+            fix="export the model without optimizations of one runtime, with standard operators",
+        )
+    for holder in _holders(proto):
+        sparse = [tensor.values.name for tensor in getattr(holder, "sparse_initializer", ())]
+        for node in holder.node:
+            for attribute in node.attribute:
+                if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+                    sparse.append(node.name or next(iter(node.output), ""))
+        if sparse:
+            raise ModelError(
+                f"holds sparse tensors, which are not supported ({', '.join(sparse[:8])})",
+                where=where,
+                fix="export the model with dense weights",
+            )
 
-    def __exit__(self, *exception: object) -> None:
-        return None
+
+def _check_calls(proto: onnx.ModelProto, where: str) -> None:
+    """Refuse functions that call each other in a circle or multiply without end."""
+    names = {(function.domain, function.name) for function in proto.functions}
+    if not names:
+        return
+
+    def calls(holder: Any) -> Counter[tuple[str, str]]:
+        found: Counter[tuple[str, str]] = Counter()
+        pending = [holder]
+        while pending:
+            for node in pending.pop().node:
+                found.update({(node.domain, node.op_type)} & names)
+                for attribute in node.attribute:
+                    pending.extend([attribute.g] if attribute.HasField("g") else attribute.graphs)
+        return found
+
+    inside = {(function.domain, function.name): calls(function) for function in proto.functions}
+    try:
+        order = list(graphlib.TopologicalSorter(inside).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(name for _, name in error.args[1])
+        raise ModelError(f"has functions that call themselves: {circle}", where=where) from None
+    total = calls(proto.graph)
+    for caller in reversed(order):
+        if total[caller] > _MAX_CALLS:
+            raise ModelError(
+                f"calls function {caller[1]!r} {total[caller]} times, more than {_MAX_CALLS}",
+                where=where,
+                fix="inline the functions first (onnx.inliner.inline_local_functions)",
+            )
+        for callee, count in inside[caller].items():
+            total[callee] += count * total[caller]
+
+
+def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> None:
+    """Refuse external data that are missing, too short or outside the model's folder."""
+    info = {entry.key: entry.value for entry in tensor.external_data}
+    location = info.get("location", "")
+    if base is None:
+        raise ModelError(
+            f"tensor {tensor.name!r} lies in the external file {location!r}",
+            where=where,
+            fix="give the path of the model, or load its external data first",
+        )
+    file = base / location
+    if not file.resolve().is_relative_to(base.resolve()):
+        raise ModelError(
+            f"tensor {tensor.name!r} points outside the model's folder ({location!r})",
+            where=where,
+            fix="put the model and its data file into one folder, without links",
+        )
+    if not file.is_file():
+        raise ModelError(
+            f"external data of tensor {tensor.name!r} are missing: no file {str(file)!r}",
+            where=where,
+            fix="copy the data file beside the model",
+        )
+    # Offset and length are the file's claims; a short file would crash readers that map it.
+    wanted = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8
+    try:
+        offset = int(info.get("offset", 0))
+        length = int(info.get("length", wanted))
+    except ValueError:
+        offset = -1
+    if offset < 0 or any(size < 0 for size in tensor.dims) or length < wanted:
+        raise ModelError(
+            f"tensor {tensor.name!r} of shape {list(tensor.dims)} does not fit its external data "
+            f"(offset {info.get('offset', 0)}, length {info.get('length', 'not given')})",
+            where=where,
+            fix="export the model again",
+        )
+    if file.stat().st_size < offset + length:
+        raise ModelError(
+            f"external data of tensor {tensor.name!r} are truncated: {str(file)!r} is shorter "
+            f"than {offset + length} bytes",
+            where=where,
+            fix="copy the whole data file",
+        )
+
+
+def _external_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with external tensors as inputs: the checker would look for them elsewhere."""
+    uses_external_data = onnx.external_data_helper.uses_external_data
+    external = [tensor for tensor in proto.graph.initializer if uses_external_data(tensor)]
+    if not external:
+        return proto
+    slim = onnx.ModelProto()
+    slim.CopyFrom(proto)
+    kept = [tensor for tensor in slim.graph.initializer if not uses_external_data(tensor)]
+    slim.graph.ClearField("initializer")
+    slim.graph.initializer.extend(kept)
+    declared = {value.name for value in slim.graph.input}
+    slim.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in external
+        if tensor.name not in declared
+    )
+    return slim
 
 
 def _normalize(
@@ -357,6 +464,9 @@ def _normalize(
     if "ai.onnx" in model.opset_imports:
         model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     model.opset_imports.setdefault("", 1)
+    for function in model.functions.values():
+        for node in function.all_nodes():  # else all copies would be called node_2, node_3, ...
+            node.name = _Names().generate_node_name(node)
     InlinePass()(model)
     _drop_initializer_inputs(model, notes)
     _name(model)
@@ -376,38 +486,34 @@ def _widen_half(proto: onnx.ModelProto, base: Path | None) -> str:
     """Turn float16 and bfloat16 into float32 everywhere; return what was found, or ""."""
     found: set[str] = set()
 
-    def value(info: onnx.ValueInfoProto) -> None:
-        tensor_type = info.type.tensor_type
-        if tensor_type.elem_type in _HALF:
-            found.add(_HALF[tensor_type.elem_type])
-            tensor_type.elem_type = onnx.TensorProto.FLOAT
+    def widen(kind: onnx.TypeProto) -> None:
+        if kind.tensor_type.elem_type in _HALF:
+            found.add(_HALF[kind.tensor_type.elem_type])
+            kind.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        for name in ("sequence_type", "optional_type"):  # of tensors, or of one another
+            if kind.HasField(name):
+                widen(getattr(kind, name).elem_type)
 
     for tensor in _tensors(proto):
         if tensor.data_type in _HALF:
             found.add(_HALF[tensor.data_type])
             if onnx.external_data_helper.uses_external_data(tensor):
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(base))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-                tensor.ClearField("external_data")
             wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
-    pending: list[Any] = [proto.graph, *proto.functions]
-    while pending:
-        holder = pending.pop()
+    for holder in _holders(proto):
         if isinstance(holder, onnx.GraphProto):
             for info in (*holder.input, *holder.output):
-                value(info)
+                widen(info.type)
         for info in holder.value_info:
-            value(info)
+            widen(info.type)
         for node in holder.node:
             for attribute in node.attribute:
-                # "to" of Cast and "dtype" of random and sequence operators name an element type
-                if attribute.name in ("to", "dtype", "output_dtype") and attribute.i in _HALF:
+                if attribute.name in _TYPE_ATTRIBUTES and attribute.i in _HALF:
                     found.add(_HALF[attribute.i])
                     attribute.i = onnx.TensorProto.FLOAT
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                pending.extend(attribute.graphs)
+                if attribute.HasField("tp"):
+                    widen(attribute.tp)
     return " and ".join(sorted(found))
 
 
@@ -422,7 +528,7 @@ def _drop_initializer_inputs(model: ir.Model, notes: list[str]) -> None:
 
 
 class _Names:
-    """Names for nameless nodes and values, after what they compute: stable under edits elsewhere."""
+    """Names for nameless nodes and values, after what they compute: edits elsewhere keep them."""
 
     def generate_node_name(self, node: ir.Node) -> str:
         if node.name:
@@ -448,7 +554,8 @@ def _structure_hash(model: ir.Model) -> str:
     """Hash graph, names, shapes and 64-bit integer tensors (they steer shapes), not weights."""
 
     def tensor(value: ir.TensorProtocol) -> list[Any]:
-        values = value.numpy().tolist() if value.dtype == ir.DataType.INT64 else None
+        steers = value.dtype == ir.DataType.INT64
+        values = hashlib.sha256(value.tobytes()).hexdigest() if steers else None
         return [str(value.dtype), list(value.shape.numpy()), values]
 
     def attribute(value: ir.Attr) -> Any:
@@ -458,6 +565,8 @@ def _structure_hash(model: ir.Model) -> str:
             return [graph(entry) for entry in value.as_graphs()]
         if value.type == ir.AttributeType.TENSOR:
             return tensor(value.as_tensor())
+        if value.type == ir.AttributeType.TENSORS:
+            return [tensor(entry) for entry in value.as_tensors()]
         return repr(value.value)
 
     def graph(holder: ir.Graph) -> dict[str, Any]:
@@ -488,11 +597,27 @@ def _structure_hash(model: ir.Model) -> str:
 
 
 def _weights_hash(model: ir.Model) -> str:
+    """Hash the values of all tensors: initializers and constants, those of bodies too."""
+    tensors: list[tuple[str, ir.TensorProtocol]] = []
+    for graph in model.graphs():
+        tensors += [
+            (str(name), value.const_value)
+            for name, value in sorted(graph.initializers.items())
+            if value.const_value is not None
+        ]
+        tensors += [
+            (f"{node.name} {attribute.name}", attribute.as_tensor())
+            for node in graph
+            for attribute in node.attributes.values()
+            if attribute.type == ir.AttributeType.TENSOR
+        ]
     digest = hashlib.sha256()
-    for name, value in sorted(model.graph.initializers.items()):
-        if value.const_value is not None:
-            digest.update(f"{name} {value.const_value.dtype} ".encode())
-            digest.update(np.ascontiguousarray(value.const_value.numpy()).tobytes())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} ".encode())
+        if tensor.dtype == ir.DataType.STRING:  # its array holds Python objects
+            digest.update(repr(tensor.numpy().tolist()).encode())
+        else:
+            digest.update(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     return "sha256:" + digest.hexdigest()
 
 
@@ -505,6 +630,7 @@ def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
         If the converter cannot raise one of the operators.
     """
     large = _large_initializers(model)
+    model.ir_version = max(model.ir_version, 10)  # before 4, initializers had to be inputs too
     try:
         proto = onnx.version_converter.convert_version(_slim_proto(model, large), version)
     except Exception as error:
@@ -545,7 +671,7 @@ def _slim_proto(model: ir.Model, large: Mapping[str, ir.TensorProtocol]) -> onnx
     values = [graph.initializers.pop(name) for name in large]
     try:
         for value in values:
-            value.shape = ir.Shape(large[str(value.name)].shape)
+            value.shape = ir.Shape(large[str(value.name)].shape.numpy())
             value.dtype = large[str(value.name)].dtype
             value.const_value = None
         graph.inputs.extend(values)
@@ -576,7 +702,7 @@ def _fix_input_shapes(
                 for old, new in zip(known, shape, strict=True)
             )
         )
-        if not fits or any(size < 1 for size in shape):
+        if not fits or any(not 0 < size < 1 << 63 for size in shape):
             raise ModelError(
                 f"shape {list(shape)} does not fit input {name!r}, which is {known}", where=where
             )
@@ -615,6 +741,7 @@ def _infer_shapes(model: ir.Model, where: str) -> None:
 def _fold_constants(model: ir.Model) -> None:
     """Replace expressions of constants (a transposed weight, say) by their value."""
     graph = model.graph
+    grown = 0
     for node in list(graph):
         if node.op_type not in _FOLDABLE or node.domain != "":
             continue
@@ -626,8 +753,12 @@ def _fold_constants(model: ir.Model) -> None:
             for value, tensor in zip(node.inputs, tensors, strict=True)
         ):
             continue
-        if not all(_small_enough(value) for value in node.outputs):
+        sizes = [_bytes(value) for value in node.outputs]
+        before = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        growth = max(sum(_FOLD_LIMIT + 1 if size is None else size for size in sizes) - before, 0)
+        if grown + growth > _FOLD_LIMIT:
             continue
+        grown += growth
         arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
         if any(array is not None and array.dtype.kind not in "fiub" for array in arrays):
             continue
@@ -646,10 +777,11 @@ def _fold_constants(model: ir.Model) -> None:
         graph.remove(node, safe=True)
 
 
-def _small_enough(value: ir.Value) -> bool:
+def _bytes(value: ir.Value) -> int | None:
+    """Size of a value's array, None where it is not known."""
     if value.shape is None or value.dtype is None or not value.shape.is_static():
-        return False
-    return math.prod(value.shape.numpy()) * 8 <= _FOLD_LIMIT
+        return None
+    return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 def _check_finite(model: ir.Model, where: str) -> None:
@@ -659,23 +791,32 @@ def _check_finite(model: ir.Model, where: str) -> None:
         if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
             continue
         array = tensor.numpy()
-        if not np.isfinite(array.sum(dtype=np.float64)):  # cheap: no array of booleans
-            multiplies = any(
-                use.node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
-                for use in value.uses()
-            )
+        users = ", ".join(str(use.node.name) for use in value.uses()) or "nothing"
+        with np.errstate(invalid="ignore"):  # the sum of both infinities
+            finite = np.isfinite(array.sum(dtype=np.float64))  # cheap: no array of booleans
+        if not finite:
+            multiplies = any(use.node.op_type in _MULTIPLY for use in value.uses())
             if np.isnan(array).any() or (multiplies and not np.isfinite(array).all()):
-                users = ", ".join(str(use.node.name) for use in value.uses()) or "nothing"
                 raise ModelError(
                     f"weight {name!r} (used by {users}) holds NaN or infinite values",
                     where=where,
                     fix="the training diverged or the file is damaged; export a healthy checkpoint",
                 )
+        for node, index in value.uses():
+            if index == 1 and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                # A scale of 0 divides by zero; behind codes it only makes a channel of zeros.
+                low = array.min(initial=np.inf)
+                if not finite or low < 0 or (low == 0 and node.op_type == "QuantizeLinear"):
+                    raise ModelError(
+                        f"scale {name!r} of {node.op_type} {node.name!r} is not a positive number",
+                        where=where,
+                        fix="quantize the float model again",
+                    )
 
 
 def _value_type(value: ir.Value) -> ValueType:
     shape = _dims(value.shape)
     dtype = np.dtype(np.float32) if value.dtype is None else value.dtype.numpy()
+    if value.type is not None and not isinstance(value.type, ir.TensorType):
+        dtype, shape = np.dtype(object), None  # a sequence or an optional
     return ValueType(str(value.name), np.dtype(dtype), None if shape is None else tuple(shape))
-
-

@@ -8,6 +8,8 @@ one without an entry point.
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,7 +20,7 @@ import numpy as np
 from bitwright.errors import DataError, UsageError
 from bitwright.quant.float_ops import Array
 
-__all__ = ["Metric", "MeanSquaredError", "Sqnr", "Top1", "Top5", "get_metric", "metric_names"]
+__all__ = ["MeanSquaredError", "Metric", "Sqnr", "Top1", "Top5", "get_metric", "metric_names"]
 
 _GROUP = "bitwright.metrics"
 
@@ -60,12 +62,15 @@ class _TopK:
         self._right = self._total = 0
 
     def update(
-        self, outputs: Mapping[str, Array], labels: Array | None, expected: Mapping[str, Array]
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
     ) -> None:
         scores = next(iter(outputs.values()))
         assert labels is not None
-        if scores.ndim < 1 or scores.shape[:-1] != labels.shape:
-            if labels.size != math.prod(scores.shape[:-1]):
+        if scores.shape[:-1] != labels.shape or scores.ndim < 1:
+            if scores.ndim < 1 or labels.size != math.prod(scores.shape[:-1]):
                 raise DataError(
                     f"labels of shape {list(labels.shape)} do not fit outputs of shape "
                     f"{list(scores.shape)}",
@@ -73,7 +78,8 @@ class _TopK:
                 )
             labels = labels.reshape(scores.shape[:-1])
         classes = scores.shape[-1]
-        if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        whole = labels.dtype.kind in "iu"
+        if not whole or labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
             raise DataError(
                 f"labels must be whole numbers from 0 to {classes - 1}",
                 fix="store the index of the right class of every sample",
@@ -113,7 +119,10 @@ class MeanSquaredError:
         self._count = 0
 
     def update(
-        self, outputs: Mapping[str, Array], labels: Array | None, expected: Mapping[str, Array]
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,  # noqa: ARG002 - part of the protocol
+        expected: Mapping[str, Array],
     ) -> None:
         """Add the squared differences of a batch."""
         for name, wanted in expected.items():
@@ -165,10 +174,16 @@ def get_metric(name: str) -> Metric:
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
+        # A metric lies in the user's folder more often than among the installed packages.
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds texts
         try:
             factory = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(f"metric {name!r} cannot be loaded ({error})") from error
+        except Exception as error:  # a module of the user may raise anything
+            raise UsageError(
+                f"metric {name!r} cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            sys.path.pop(0)
     else:
         found = list(entry_points(group=_GROUP, name=name))
         if not found:
@@ -183,7 +198,20 @@ def get_metric(name: str) -> Metric:
             factory = found[0].load()
         except Exception as error:
             raise UsageError(
-                f"metric {name!r} ({found[0].value}) cannot be loaded ({error})"
+                f"metric {name!r} ({found[0].value}) cannot be loaded "
+                f"({type(error).__name__}: {error})"
             ) from error
-    metric: Metric = factory()
+    try:
+        metric: Metric = factory()
+    except Exception as error:
+        raise UsageError(
+            f"metric {name!r} cannot be made ({type(error).__name__}: {error})",
+            fix="a metric is a class without constructor arguments",
+        ) from error
+    members = ("unit", "higher_is_better", "needs", "update", "value")
+    if missing := [member for member in members if not hasattr(metric, member)]:
+        raise UsageError(
+            f"metric {name!r} has no {missing[0]!r}",
+            fix="bitwright.quant.metrics.Metric says what a metric has",
+        )
     return metric

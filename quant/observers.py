@@ -41,7 +41,7 @@ _CANDIDATES = np.arange(1, 101) / 100.0  # clip thresholds relative to the large
 
 @dataclass(frozen=True, slots=True)
 class TensorQuantization:
-    """How one activation tensor is quantized: ``code = saturate(rint(value / scale) + zero_point)``.
+    """How a tensor is quantized: ``code = saturate(rint(value / scale) + zero_point)``.
 
     Attributes
     ----------
@@ -337,7 +337,7 @@ def _choose_asymmetric(
 
 
 def quantize_weights(
-    weights: npt.NDArray[np.float32], bits: int, *, axis: int | None, method: ClipMethod = "mmse"
+    weights: npt.NDArray[np.float32], bits: int, *, axis: int | None, part: float = 1.0
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Quantize weights symmetrically: ``codes = clip(rint(weights / scale))``.
 
@@ -352,9 +352,8 @@ def quantize_weights(
         2, 4, 8 or 16.
     axis
         Axis of the output channels, each with a scale of its own; None for one scale.
-    method
-        ``mmse`` searches the threshold with the least squared error; anything else takes the
-        largest magnitude (percentiles are for activations). 16-bit weights are never clipped.
+    part
+        The threshold, relative to the largest magnitude (of the channel).
 
     Returns
     -------
@@ -363,53 +362,15 @@ def quantize_weights(
     scales
         Shape [channels], or [] for one scale.
     """
-    rows = (
-        weights.reshape(1, -1)
-        if axis is None
-        else np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1)
-    ).astype(np.float32, copy=False)
+    moved = weights if axis is None else np.moveaxis(weights, axis, 0)
+    rows = moved.reshape(1 if axis is None else len(moved), -1).astype(np.float32, copy=False)
     code_max = (1 << (bits - 1)) - 1
-    code_min = -code_max - 1
     peaks = np.abs(rows).max(axis=1, initial=0.0).astype(np.float64)
-    best = np.ones(len(rows))
-    if method == "mmse" and bits < 16:
-        # A coarse grid over the whole range, then a fine one around each channel's best; at 8 bits
-        # the optimum is never far below the peak.
-        coarse = np.arange(0.05 if bits < 8 else 0.5, 1.0001, 0.05)
-        best, error = _best_parts(rows, peaks, np.broadcast_to(coarse, (len(rows), len(coarse))), bits)
-        fine = np.clip(best[:, None] + np.arange(-4, 5) * 0.01, 0.01, 1.0)
-        refined, refined_error = _best_parts(rows, peaks, fine, bits)
-        best = np.where(refined_error < error, refined, best)
-    scales = np.maximum(peaks * best / code_max, MIN_SCALE).astype(np.float32)
+    scales = np.maximum(peaks * part / code_max, MIN_SCALE).astype(np.float32)
     # A channel of zeros has no scale of its own; it takes the others' so that its bias fits.
     dead = peaks == 0.0
     if dead.any():
         scales[dead] = np.median(scales[~dead]) if (~dead).any() else 1.0
-    codes = np.clip(np.rint(rows / scales[:, None]), code_min, code_max).astype(np.int32)
-    if axis is None:
-        return codes.reshape(weights.shape), scales[0]
-    moved = np.moveaxis(weights, axis, 0).shape
-    return np.moveaxis(codes.reshape(moved), 0, axis), scales
-
-
-def _best_parts(
-    rows: npt.NDArray[np.float32],
-    peaks: npt.NDArray[np.float64],
-    parts: npt.NDArray[np.float64],
-    bits: int,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """For each row, which of its thresholds (parts of the peak) has the least squared error."""
-    code_max = (1 << (bits - 1)) - 1
-    best = np.ones(len(rows))
-    least = np.full(len(rows), np.inf)
-    for column in range(parts.shape[1]):
-        scale = np.maximum(peaks * parts[:, column] / code_max, MIN_SCALE).astype(np.float32)
-        codes = rows * (1.0 / scale)[:, None]
-        np.rint(codes, out=codes)
-        np.clip(codes, -code_max - 1, code_max, out=codes)
-        codes *= scale[:, None]
-        codes -= rows
-        error = np.einsum("ij,ij->i", codes, codes, dtype=np.float64)
-        better = error < least
-        best[better], least[better] = parts[better, column], error[better]
-    return best, least
+    codes = np.clip(np.rint(rows / scales[:, None]), -code_max - 1, code_max).astype(np.int32)
+    codes = codes.reshape(moved.shape)
+    return (codes, scales[0]) if axis is None else (np.moveaxis(codes, 0, axis), scales)

@@ -11,6 +11,7 @@ Layers keep their names.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,10 +23,18 @@ from bitwright.quant.load import Model
 __all__ = ["add_initializer", "prepare"]
 
 
-def add_initializer(graph: ir.Graph, name: str, array: Array | ir.TensorProtocol) -> ir.Value:
+_TAKEN = "bitwright.names"
+
+
+def add_initializer(
+    graph: ir.Graph, name: str, array: Array | np.floating[Any] | ir.TensorProtocol
+) -> ir.Value:
     """Register an initializer under a name not yet taken, ``name`` itself where that is free."""
-    taken = {value.name for node in graph for value in node.outputs}
-    taken.update(value.name for value in graph.inputs)
+    taken = graph.meta.get(_TAKEN)
+    if taken is None:  # collected once: graphs have thousands of values
+        taken = {value.name for node in graph for value in node.outputs}
+        taken.update(value.name for value in graph.inputs)
+        graph.meta[_TAKEN] = taken
     unique, count = name, 1
     while unique in graph.initializers or unique in taken:
         count += 1
@@ -33,7 +42,7 @@ def add_initializer(graph: ir.Graph, name: str, array: Array | ir.TensorProtocol
     tensor = ir.tensor(array, name=unique)
     value = ir.Value(
         name=unique,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
@@ -88,12 +97,14 @@ def _plain_gemm(graph: ir.Graph, node: ir.Node) -> None:
         addition = ir.node("Add", [None, None], name=f"{node.name}.add")
         sum_ = addition.outputs[0]
         sum_.name, sum_.type, sum_.shape = f"{output.name}.sum", output.type, output.shape
-        _replace_everywhere(graph, output, sum_)
+        _replace_everywhere(output, sum_)
         addition.replace_input_with(0, output)
         addition.replace_input_with(1, bias_value)
         graph.insert_after(node, addition)
         node.resize_inputs(2)
-    _set_weights(graph, node, weights * np.float32(alpha), None if vector is None else vector.copy())
+    _set_weights(
+        graph, node, weights * np.float32(alpha), None if vector is None else vector.copy()
+    )
     node.attributes.pop("alpha", None)
     node.attributes.pop("beta", None)
 
@@ -102,7 +113,7 @@ def _has_shape(array: Array | None, shape: tuple[int, ...]) -> bool:
     return array is not None and array.shape == shape
 
 
-def _replace_everywhere(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+def _replace_everywhere(old: ir.Value, new: ir.Value) -> None:
     """Make all users, graph outputs included, read the new value; outputs keep their name."""
     if old.is_graph_output():
         old.name, new.name = new.name, old.name
@@ -116,6 +127,8 @@ def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
     if output.is_graph_output() or len(uses) != 1:
         return False
     follower, index = next(iter(uses))
+    if follower.graph is not graph:  # it stands in the body of an If or Loop
+        return False
     weights = constant(node.inputs[1])
     has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
     bias = constant(node.inputs[2]) if has_bias else None
@@ -127,21 +140,22 @@ def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     # In float64, so that folding rounds once.
     factor, offset = affine
-    wide = weights * factor.reshape(-1, *[1] * (weights.ndim - 1))
-    shifted = (0.0 if bias is None else bias.astype(np.float64)) * factor + offset
-    if not (np.isfinite(wide).all() and np.isfinite(shifted).all()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        folded = (weights * factor.reshape(-1, *[1] * (weights.ndim - 1))).astype(np.float32)
+        moved = ((0.0 if bias is None else bias.astype(np.float64)) * factor + offset).astype(
+            np.float32
+        )
+    if not (np.isfinite(folded).all() and np.isfinite(moved).all()):
         return False
-    _set_weights(graph, node, wide.astype(np.float32), shifted.astype(np.float32))
+    _set_weights(graph, node, folded, moved)
     last = follower.outputs[0]
-    _replace_everywhere(graph, last, output)
+    _replace_everywhere(last, output)
     output.shape = last.shape
     graph.remove(follower, safe=True)
     return True
 
 
-def _affine(
-    node: ir.Node, index: int, channels: int, rank: int
-) -> tuple[Array, Array] | None:
+def _affine(node: ir.Node, index: int, channels: int, rank: int) -> tuple[Array, Array] | None:
     """Factor and offset, float64 [channels], of an operator that is affine in each channel."""
     if node.domain != "":
         return None
@@ -150,8 +164,9 @@ def _affine(
         if index != 0 or attribute(node, "training_mode", 0) or any(p is None for p in parameters):
             return None
         gamma, beta, mean, variance = (p.astype(np.float64) for p in parameters if p is not None)
-        factor = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
-        return factor, beta - mean * factor
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factor = gamma / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+            return factor, beta - mean * factor
     rules: dict[str, Callable[[Array], tuple[Array, Array]]] = {
         "Mul": lambda c: (c, np.zeros(channels)),
         "Add": lambda c: (np.ones(channels), c),

@@ -10,6 +10,7 @@ What lies outside stays float and runs in onnxruntime, operator by operator. The
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -23,7 +24,6 @@ from bitwright.errors import RunError
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
 from bitwright.quant.graph import (
     attribute,
-    channel_axis,
     clamp_bounds,
     constant,
     data_inputs,
@@ -46,21 +46,27 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 _EXACT_FLOAT64 = 2.0**53
-_SUM_BITS = 30  # width of the multipliers that bring two operands to one scale; 20 up to 8 bit
+
+# Width of the multipliers that bring two operands to one scale: 2 * 255 * 2^22 is below 2^31.
+_SUM_BITS_NARROW = 22  # operands of up to 8 bits
+_SUM_BITS_WIDE = 30
 
 
 @dataclass(frozen=True)
 class _Codes:
     """A quantized tensor behind DequantizeLinear.
 
-    ``scale`` and ``zero_point`` broadcast against ``codes``. ``quantization`` describes them where
-    the scale is one number; it is None for per-channel scales and for 32-bit biases.
+    ``scale`` and ``zero_point`` broadcast against ``codes``, which have ``bits`` bits.
+    ``quantization`` describes them where the scale is one number; it is None for per-channel scales
+    and for 32-bit biases. ``stored`` says whether the codes are constants of the model.
     """
 
     codes: IntArray
     scale: FloatArray
     zero_point: IntArray
+    bits: int
     quantization: TensorQuantization | None
+    stored: bool
 
     @property
     def centred(self) -> IntArray:
@@ -95,7 +101,8 @@ class _Accumulator:
 
     def to_float(self) -> Array:
         values = self.values.astype(np.float32) * self.scale
-        return np.clip(values, np.float32(self.clamp[0]), np.float32(self.clamp[1]))
+        low, high = np.float32(self.clamp[0]), np.float32(self.clamp[1])
+        return np.asarray(np.clip(values, low, high))
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ class Reference:
         self._form: RequantizationForm = requantization
         self._roots = elementwise_roots(model.graph)
         self._weights: dict[ir.Node, _Codes] = {}
-        self._tables: dict[ir.Value, Array] = {}
+        self._tables: dict[tuple[ir.Value, TensorQuantization], Array] = {}
         self._operators: dict[ir.Node, FloatOperator] = {}
         self._last_uses = _last_uses(model.graph, self._roots)
         self.regions: dict[str, Region] = {}
@@ -205,7 +212,7 @@ class Reference:
                 values[value] = result
                 if node.op_type == "QuantizeLinear" and isinstance(result, np.ndarray):
                     computed[str(value.name)] = result
-                    values[value] = (given or {}).get(str(value.name), result)
+                    values[value] = np.asarray((given or {}).get(str(value.name), result))
             for value in self._last_uses.get(position, ()):
                 values.pop(value, None)
         return {str(v.name): self._array(v, values) for v in graph.outputs}, computed
@@ -246,7 +253,11 @@ class Reference:
             for index in (0, 1):
                 accumulator, other = operands[index], operands[1 - index]
                 if isinstance(accumulator, _Accumulator):
-                    return self._add_bias(node, accumulator, node.inputs[1 - index], other)
+                    # Directly behind a layer, a constant is its bias.
+                    clamped = accumulator.clamp != (-np.inf, np.inf)
+                    if other is None or clamped or not _is_stored(node.inputs[1 - index], other):
+                        return None
+                    return _with_bias(accumulator, other)
         codes = [e for e in operands if isinstance(e, _Codes) and e.quantization is not None]
         if len(codes) == 2 and node.op_type in ("Add", "Sub"):
             return _sum(node, codes[0], codes[1], -1 if node.op_type == "Sub" else 1)
@@ -257,10 +268,10 @@ class Reference:
                 float(codes[0].magnitude * codes[1].magnitude),
                 str(node.name),
                 "arithmetic",
-                max(_bits(entry) for entry in codes),
+                max(entry.bits for entry in codes),
             )
         if isinstance(first, _Codes) and first.quantization is not None:
-            return _average(node, first, operands)
+            return _average(node, first)
         return None
 
     # -- values --------------------------------------------------------------------------------
@@ -306,7 +317,7 @@ class Reference:
         zero = np.zeros(scale.shape, np.int64)
         if zero_value is not None:
             zero = np.asarray(self._array(zero_value, values)).astype(np.int64)
-        if scale.size != 1 or dtype is None or dtype.bitwidth > 16:
+        if scale.size != 1 or dtype is None or not _holds_codes(dtype) or dtype.bitwidth > 16:
             return scale, zero, None
         signed = str(dtype).startswith("INT")
         quantization = TensorQuantization(scale.item(), int(zero.item()), dtype.bitwidth, signed)
@@ -320,7 +331,9 @@ class Reference:
         source = self._operand(source_value, values)
         name, kind, accumulator, bits = str(node.name), "quantize", 0, 0
         if quantization is None:
-            if dtype is None or dtype.bitwidth > 16:
+            if attribute(node, "block_size", 0):
+                raise ValueError("activations quantized in blocks are not supported")
+            if dtype is None or not _holds_codes(dtype) or dtype.bitwidth > 16:
                 raise ValueError(f"codes of type {dtype} are not supported")
             axis = attribute(node, "axis", 1)
             array = self._array(source_value, values)
@@ -336,10 +349,8 @@ class Reference:
             result = requantization.apply(source.values, self._form)
         elif isinstance(source, _Function):
             producer = source.value.producer()
-            name, kind, bits = str(producer.name if producer else name), "table", _bits(source.root)
-            if output not in self._tables:
-                self._tables[output] = quantize_float(self._table(source), scale, quantization)
-            result = self._look_up(source, self._tables[output])
+            name, kind, bits = str(producer.name if producer else name), "table", source.root.bits
+            result = self._look_up(source, quantize_float(self._table(source), scale, quantization))
         elif isinstance(source, _Codes) and source.quantization == quantization:
             result = source.codes
         else:
@@ -356,15 +367,29 @@ class Reference:
         value = node.inputs[0]
         assert value is not None
         found = self._operand(value, values)
-        if attribute(node, "block_size", 0) or not isinstance(found, np.ndarray):
+        if (
+            not isinstance(found, np.ndarray)
+            or value.dtype is None
+            or not _holds_codes(value.dtype)
+        ):
             return self._run_float(node, values)[0]
         scale, zero_point, quantization = self._parameters(node, values, value.dtype)
         codes = found.astype(np.int64)
-        if scale.size != 1:
-            shape = _along(attribute(node, "axis", 1), codes.ndim)
+        axis, block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+        if block:  # a scale for each block of codes along the axis
+            shape = codes.shape
+            scale = np.take(scale, np.arange(shape[axis]) // block, axis)
+            zero_point = np.take(zero_point, np.arange(shape[axis]) // block, axis)
+            quantization = None
+        elif scale.size != 1:
+            shape = _along(axis, codes.ndim)
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        result = _Codes(codes, scale, zero_point, quantization)
-        if constant(value) is not None:
+        # Some tools leave the weights in float, in front of a quantizer.
+        producer = value.producer()
+        sources = [value] if producer is None else producer.inputs
+        stored = all(constant(entry) is not None for entry in sources if entry is not None)
+        result = _Codes(codes, scale, zero_point, value.dtype.bitwidth, quantization, stored)
+        if stored:
             self._weights[node] = result
         return result
 
@@ -373,22 +398,22 @@ class Reference:
 
         The same table serves the code generator, so functions are exact wherever they run.
         """
-        if function.value not in self._tables:
-            quantization = function.root.quantization
-            assert quantization is not None
+        quantization = function.root.quantization
+        assert quantization is not None
+        key = function.value, quantization
+        if key not in self._tables:
             codes = np.arange(quantization.code_min, quantization.code_max + 1)
             centred = (codes - quantization.zero_point).astype(np.float32)
             inputs = centred * np.float32(quantization.scale)
-            self._tables[function.value] = _evaluate(
+            self._tables[key] = _evaluate(
                 function.root_value, function.value, inputs, self._model.opset
             )
-        return self._tables[function.value]
+        return self._tables[key]
 
     @staticmethod
     def _look_up(function: _Function, table: Array) -> Array:
         assert function.root.quantization is not None
-        looked_up: Array = table[function.root.codes - function.root.quantization.code_min]
-        return looked_up
+        return np.asarray(table[function.root.codes - function.root.quantization.code_min])
 
     # -- operators -----------------------------------------------------------------------------
 
@@ -413,8 +438,10 @@ class Reference:
         if node not in self._operators:
             self._operators[node] = FloatOperator(node, self._model.opset)
         results = self._operators[node].run(arrays)
+        stored = all(entry.stored for entry in operands if isinstance(entry, _Codes))
         return [
-            replace(first, codes=result.astype(np.int64) + first.zero_point) for result in results
+            replace(first, codes=result.astype(np.int64) + first.zero_point, stored=stored)
+            for result in results
         ]
 
     def _layer(self, node: ir.Node, operands: Sequence[_Value | None]) -> _Accumulator | None:
@@ -425,72 +452,40 @@ class Reference:
             attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0
         ):
             return None
-        constant_left = _is_stored(node.inputs[0]) and not _is_stored(node.inputs[1])
-        data, weights = (right, left) if constant_left else (left, right)
-        if data.quantization is None:
+        # The weights may have a scale for each channel, the data may not.
+        weights_left = node.op_type != "Conv" and left.stored and not right.stored
+        data, weights = (right, left) if weights_left else (left, right)
+        axis = _channel_axis(node, weights.codes.ndim, left=weights_left)
+        per_channel = weights.scale.size > 1
+        if data.quantization is None or (weights.quantization is None and not weights.stored):
             return None
-        axis = channel_axis(node, weights.codes.ndim)
-        if weights.scale.size > 1 and (axis is None or weights.scale.size != weights.codes.shape[axis]):
+        if per_channel and (axis is None or weights.scale.shape[axis] != weights.scale.size):
             return None
-        scale = np.asarray(data.scale * weights.scale.reshape(-1), np.float32)
-        if weights.scale.size == 1:
-            scale = scale.reshape(())
-        bias_codes = None
-        if len(operands) > 2 and operands[2] is not None:
-            bias_codes = _bias_codes(operands[2], scale)
-            if bias_codes is None:
-                return None
-        bound = accumulator_bound(weights.centred, axis, data.quantization, bias_codes)
-        if weights.quantization is not None and not _is_stored(node.inputs[0 if constant_left else 1]):
-            # Both operands are computed: the largest codes of the type bound the products.
-            bound = float(data.magnitude * weights.magnitude * left.codes.shape[-1])
-        x, w = data.centred, weights.centred
+        a, b = left.centred, right.centred
+        if node.op_type == "Gemm":
+            a = a.T if attribute(node, "transA", 0) else a
+            b = b.T if attribute(node, "transB", 0) else b
+        if weights.stored:
+            bound = accumulator_bound(weights.centred, axis, data.quantization)
+        else:  # the largest codes of both types bound the products
+            terms = np.prod(b.shape[1:]) if node.op_type == "Conv" else a.shape[-1]
+            bound = float(data.magnitude * weights.magnitude * terms)
         if node.op_type == "Conv":
-            values = _convolve(x, w, node, exact=bound < _EXACT_FLOAT64)
-            trailing = (1,) * (x.ndim - 2)
+            values = _convolve(a, b, node, exact=bound < _EXACT_FLOAT64)
+            behind = a.ndim - 2
         else:
-            if node.op_type == "Gemm":
-                x = x.T if attribute(node, "transA", 0) else x
-                w = w.T if attribute(node, "transB", 0) else w
-            values = _matmul(w, x, bound) if constant_left else _matmul(x, w, bound)
-            trailing = (1,) if constant_left and scale.ndim else ()
-        if scale.ndim:
-            scale = scale.reshape(-1, *trailing)
-        if bias_codes is not None:
-            values = values + bias_codes.reshape(*bias_codes.shape, *trailing)
-        bits = max(_bits(data), _bits(weights))
-        return _Accumulator(values, scale, bound, str(node.name), "layer", bits)
-
-    @staticmethod
-    def _add_bias(
-        node: ir.Node, accumulator: _Accumulator, value: ir.Value | None, bias: _Value | None
-    ) -> _Accumulator | None:
-        """Add of a constant directly behind a layer: its bias."""
-        stored = isinstance(bias, np.ndarray) and constant(value) is not None
-        if not (stored or _is_stored(value)) or accumulator.clamp != (-np.inf, np.inf):
+            values = _matmul(a, b, bound)
+            behind = 1 if weights_left and b.ndim > 1 else 0
+        scale = np.asarray(data.scale * weights.scale, np.float32)
+        scale = scale.reshape((-1, *(1,) * behind) if per_channel else ())
+        bits = max(data.bits, weights.bits)
+        accumulator = _Accumulator(values, scale, bound, str(node.name), "layer", bits)
+        bias = operands[2] if len(operands) > 2 else None
+        if bias is None:
+            return accumulator
+        if not _is_stored(node.inputs[2], bias):
             return None
-        codes = _bias_codes(bias, accumulator.scale)
-        if codes is None:
-            return None
-        bound = accumulator.bound + float(np.abs(codes.astype(np.float64)).max(initial=0.0))
-        return replace(accumulator, values=accumulator.values + codes, bound=bound)
-
-
-def _bits(entry: _Codes) -> int:
-    """Width of codes; per-channel weights say it by their values, at most 8 bits unless larger."""
-    if entry.quantization is not None:
-        return entry.quantization.bits
-    return 16 if np.abs(entry.codes).max(initial=0) > 255 else 8
-
-
-def _is_stored(value: ir.Value | None) -> bool:
-    """Whether a value is a dequantized initializer."""
-    producer = None if value is None else value.producer()
-    return (
-        producer is not None
-        and producer.op_type == "DequantizeLinear"
-        and constant(producer.inputs[0]) is not None
-    )
+        return _with_bias(accumulator, bias, behind if node.op_type == "Conv" else 0)
 
 
 def _along(axis: int, rank: int) -> tuple[int, ...]:
@@ -499,23 +494,69 @@ def _along(axis: int, rank: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _bias_codes(bias: _Value | None, scale: FloatArray) -> IntArray | None:
-    """Bias in steps of the accumulator, int64; None where it is no constant or does not fit."""
+def _is_stored(value: ir.Value | None, operand: _Value) -> bool:
+    """Whether an operand is a constant of the model, as floats or as codes."""
+    return operand.stored if isinstance(operand, _Codes) else constant(value) is not None
+
+
+def _holds_codes(dtype: ir.DataType) -> bool:
+    return str(dtype).startswith(("INT", "UINT"))
+
+
+def _channel_axis(node: ir.Node, rank: int, *, left: bool) -> int | None:
+    """Axis of an operand that runs over output channels; None for a vector."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        transposed = bool(attribute(node, "transA" if left else "transB", 0))
+        return 1 if transposed == left else 0
+    return None if rank < 2 else rank - 2 if left else rank - 1
+
+
+def _with_bias(accumulator: _Accumulator, bias: _Value, behind: int = 0) -> _Accumulator | None:
+    """Add a constant; None where it does not fit.
+
+    Parameters
+    ----------
+    accumulator, bias
+        The bias broadcasts against the accumulator, with ``behind`` axes added behind its own.
+    """
     if isinstance(bias, _Codes):
-        own = bias.scale.reshape(-1)
-        if np.array_equal(np.broadcast_to(scale.reshape(-1), own.shape) if scale.size == 1 else scale.reshape(-1), own):
-            return bias.centred
+        codes, scale = bias.centred, bias.scale
+        if bias.scale.size > 1:
+            scale = scale.reshape(scale.shape + (1,) * behind)
+        codes = codes.reshape(codes.shape + (1,) * behind)
+        if np.all(scale == accumulator.scale):
+            bound = accumulator.bound + float(np.abs(codes).max(initial=0))
+            return replace(accumulator, values=accumulator.values + codes, bound=bound)
         bias = bias.to_float()
     if not isinstance(bias, np.ndarray):
         return None
-    codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    return codes.astype(np.int64) if np.abs(codes).max(initial=0.0) < 2.0**62 else None
+    bias = bias.reshape(bias.shape + (1,) * behind).astype(np.float64)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        steps = bias / accumulator.scale.astype(np.float64)
+    largest = float(np.abs(steps).max(initial=0.0))
+    if not largest < 2.0**62:  # nor where it is infinite or NaN
+        return None
+    # A bias in float is seldom a whole number of steps: they become as fine as 32 bits allow.
+    fine = 0
+    whole = np.array_equal(steps, np.rint(steps))
+    while not whole and (accumulator.bound + largest + 1.0) * 2.0 ** (fine + 1) < 2.0**31:
+        fine += 1
+    codes = np.rint(np.ldexp(steps, fine)).astype(np.int64)
+    return replace(
+        accumulator,
+        values=(accumulator.values << fine) + codes,
+        scale=np.ldexp(accumulator.scale, -fine),
+        bound=math.ldexp(accumulator.bound, fine) + float(np.abs(codes).max(initial=0)),
+    )
 
 
 def _matmul(a: IntArray, b: IntArray, bound: float) -> IntArray:
-    """Integer matrix product; float64 is exact, and fast, while all partial sums stay below 2^53."""
+    """Integer matrix product; float64 is exact, and fast, where no sum ever reaches 2^53."""
     if bound < _EXACT_FLOAT64:
-        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(np.int64)
+        product = np.matmul(a.astype(np.float64), b.astype(np.float64))
+        return np.asarray(product.astype(np.int64))
     return np.asarray(np.matmul(a, b), np.int64)
 
 
@@ -559,59 +600,65 @@ def _convolve(x: IntArray, w: IntArray, node: ir.Node, *, exact: bool) -> IntArr
     padding, strides, dilations = _padding(node, x.shape[2:], kernel)
     dtype = np.float64 if exact else np.int64  # see _matmul
     matrix = w.astype(dtype).reshape(groups, w.shape[0] // groups, -1)
-    images = []
-    for image in np.pad(x, [(0, 0), (0, 0), *padding]).astype(dtype):  # bounded memory
-        windows = _windows(image[None], kernel, strides, dilations)[0]
-        output = windows.shape[1 : 1 + len(kernel)]
-        # [groups, C/groups, *output, *kernel] -> [groups, C/groups * kernel, output]
-        columns = windows.reshape(groups, -1, int(np.prod(output)), int(np.prod(kernel)))
-        columns = columns.swapaxes(2, 3).reshape(groups, -1, int(np.prod(output)))
-        images.append(np.matmul(matrix, columns).astype(np.int64).reshape(w.shape[0], *output))
-    return np.stack(images) if images else np.zeros((0, w.shape[0], *x.shape[2:]), np.int64)
+    padded = np.pad(x, [(0, 0), (0, 0), *padding])
+    windows = _windows(padded, kernel, strides, dilations)
+    output = windows.shape[2 : 2 + len(kernel)]
+    positions, taps = int(np.prod(output)), int(np.prod(kernel))
+    result = np.empty((x.shape[0], w.shape[0], *output), np.int64)
+    for image, window in zip(result, windows, strict=True):  # one at a time: bounded memory
+        # [C, *output, *kernel] to [groups, C/groups * kernel, output]
+        columns = window.astype(dtype).reshape(groups, -1, positions, taps)
+        columns = columns.swapaxes(2, 3).reshape(groups, -1, positions)
+        image[...] = np.matmul(matrix, columns).reshape(image.shape)
+    return result
 
 
 def _sum(node: ir.Node, a: _Codes, b: _Codes, sign: int) -> _Accumulator:
     """Sum of two activations: both brought to one scale by integer multipliers."""
-    bits = max(_bits(a), _bits(b))
-    width = _SUM_BITS if bits > 8 else 20
+    bits = max(a.bits, b.bits)
+    width = _SUM_BITS_WIDE if bits > 8 else _SUM_BITS_NARROW
     step = max(float(a.scale), float(b.scale)) / 2.0**width
     factors = [int(np.rint(float(entry.scale) / step)) for entry in (a, b)]
     bound = float(factors[0] * a.magnitude + factors[1] * b.magnitude)
     values = factors[0] * a.centred + sign * factors[1] * b.centred
-    return _Accumulator(values, np.float32(step), bound, str(node.name), "arithmetic", bits)
+    return _Accumulator(
+        values, np.array(step, np.float32), bound, str(node.name), "arithmetic", bits
+    )
 
 
-def _average(
-    node: ir.Node, x: _Codes, operands: Sequence[_Value | None]
-) -> _Accumulator | None:
+def _average(node: ir.Node, x: _Codes) -> _Accumulator | None:
     """Averages and sums over windows or axes: sums of codes, the divisor in the scale."""
     centred = x.centred
-    counts: Array
-    if node.op_type == "GlobalAveragePool":
+    divisor: Array
+    if node.op_type == "AveragePool":
+        kernel, strides = attribute(node, "kernel_shape"), attribute(node, "strides") or (1,)
+        same = attribute(node, "auto_pad", "NOTSET").startswith("SAME")
+        if same and max(strides) > min(kernel):
+            return None  # the padding may become negative, which ONNX leaves open
+        values, divisor = _average_pool(node, centred)
+        terms = math.prod(kernel)
+    elif node.op_type == "GlobalAveragePool":
         values = centred.sum(axis=tuple(range(2, centred.ndim)), keepdims=True)
-        counts = np.asarray(float(np.prod(centred.shape[2:])))
+        terms = math.prod(centred.shape[2:])
+        divisor = np.asarray(float(terms))
     elif node.op_type in ("ReduceMean", "ReduceSum"):
-        axes = operands[1] if len(operands) > 1 else attribute(node, "axes")
-        if isinstance(axes, _Codes | _Accumulator | _Function):
+        value = node.inputs[1] if len(node.inputs) > 1 else None
+        given = np.zeros(0, np.int64) if value is None else constant(value)
+        if given is None:
             return None
-        reduced = tuple(int(axis) for axis in np.asarray(axes).reshape(-1)) if axes is not None else ()
-        if not reduced:
+        axes = tuple(int(axis) for axis in given.reshape(-1))
+        if not axes:
             if attribute(node, "noop_with_empty_axes", 0):
                 return None
-            reduced = tuple(range(centred.ndim))
-        values = centred.sum(axis=reduced, keepdims=bool(attribute(node, "keepdims", 1)))
-        size = np.prod([centred.shape[axis] for axis in reduced])
-        counts = np.asarray(float(size) if node.op_type == "ReduceMean" else 1.0)
-    elif node.op_type == "AveragePool":
-        values, counts = _average_pool(node, centred)
+            axes = tuple(range(centred.ndim))
+        values = centred.sum(axis=axes, keepdims=bool(attribute(node, "keepdims", 1)))
+        terms = math.prod(centred.shape[axis] for axis in axes)
+        divisor = np.asarray(float(terms) if node.op_type == "ReduceMean" else 1.0)
     else:
         return None
-    terms = centred.size // max(values.size, 1) if node.op_type != "AveragePool" else np.prod(
-        attribute(node, "kernel_shape")
-    )
-    scale = (np.float64(x.scale) / counts).astype(np.float32)
+    scale = (np.float64(x.scale) / divisor).astype(np.float32)
     bound = float(x.magnitude * terms)
-    return _Accumulator(np.asarray(values), scale, bound, str(node.name), "arithmetic", _bits(x))
+    return _Accumulator(np.asarray(values), scale, bound, str(node.name), "arithmetic", x.bits)
 
 
 def _average_pool(node: ir.Node, x: IntArray) -> tuple[IntArray, Array]:
@@ -673,9 +720,7 @@ def _evaluate(root: ir.Value, value: ir.Value, inputs: FloatArray, opset: int) -
     return result
 
 
-def _last_uses(
-    graph: ir.Graph, roots: Mapping[ir.Value, ir.Value]
-) -> dict[int, list[ir.Value]]:
+def _last_uses(graph: ir.Graph, roots: Mapping[ir.Value, ir.Value]) -> dict[int, list[ir.Value]]:
     """Position of a node to the values nobody needs after it; a function needs its root."""
     last: dict[ir.Value, int] = {}
     for position, node in enumerate(graph):

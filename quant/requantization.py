@@ -33,11 +33,12 @@ def quantize_float(
 ) -> IntArray:
     """Quantize floats as ONNX QuantizeLinear does: divide, round to even, add, saturate."""
     codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
-    return np.clip(
+    codes = np.clip(
         codes.astype(np.float64) + quantization.zero_point,
         quantization.code_min,
         quantization.code_max,
-    ).astype(np.int64)
+    )
+    return np.asarray(codes).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class Requantization:
         with np.errstate(over="ignore"):
             multiplier = np.asarray(accumulator_scale, np.float32) / scale
             bounds = quantize_float(np.array(clamp, np.float32), scale, output)
+        # An infinite multiplier would turn the accumulator 0 into NaN.
+        multiplier = np.minimum(multiplier, np.finfo(np.float32).max)
         return cls(multiplier, output, int(bounds[0]), int(bounds[1]))
 
     def apply(self, accumulator: IntArray, form: RequantizationForm = "float") -> IntArray:
@@ -89,33 +92,38 @@ class Requantization:
         if form == "fixed":
             rounded = self._fixed_point(accumulator)
         else:
-            scaled = np.rint(accumulator.astype(np.float32) * self.multiplier)
+            with np.errstate(over="ignore"):
+                scaled = np.rint(accumulator.astype(np.float32) * self.multiplier)
             # Beyond 2^31 every code saturates; the cut keeps the conversion defined.
-            rounded = np.clip(scaled, -(2.0**31), 2.0**31).astype(np.int64)
-        return np.clip(rounded + self.output.zero_point, self.low, self.high)
+            rounded = np.asarray(np.clip(scaled, -(2.0**31), 2.0**31)).astype(np.int64)
+        return np.asarray(np.clip(rounded + self.output.zero_point, self.low, self.high))
 
     def fixed_point(self) -> tuple[IntArray, IntArray]:
-        """Return multiplier ``m`` in [2^30, 2^31) and shift ``n`` with ``M`` about ``m / 2^n``.
+        """Return multiplier ``m`` in [2^30, 2^31) and shift ``n`` with ``M = m / 2^n``.
 
-        The relative error of ``m / 2^n`` is below 2^-31; a multiplier of 0 gives ``m = 0``.
+        It is exact: a float32 number has 24 bits. A multiplier of 0 gives ``m = 0``.
         """
         mantissa, exponent = np.frexp(self.multiplier.astype(np.float64))
-        # A float32 mantissa has 24 bits, so this is exact.
-        return np.rint(mantissa * 2.0**31).astype(np.int64), 31 - exponent.astype(np.int64)
+        multiplier = np.asarray(mantissa * 2.0**31).astype(np.int64)
+        return multiplier, 31 - np.asarray(exponent).astype(np.int64)
 
     def _fixed_point(self, accumulator: IntArray) -> IntArray:
-        multiplier, shift = np.broadcast_arrays(*self.fixed_point())
-        # Python integers: the product of a 64-bit accumulator and m may need 96 bits.
-        wide = np.abs(accumulator).max(initial=0) >= 2**31
-        product = accumulator.astype(object) * multiplier if wide else accumulator * multiplier
-        # Past 63 bits of shift the result is 0 for any 32-bit accumulator; before 1 it is huge.
-        right = np.clip(shift, 1, 100 if wide else 62)
-        half = (1 << (right.astype(object) - 1)) if wide else np.left_shift(1, right - 1)
+        multiplier, shift = self.fixed_point()
+        # The product of a 64-bit accumulator and m has up to 94 bits: Python integers then.
+        wide = accumulator.min(initial=0) < -(2**31) or accumulator.max(initial=0) >= 2**31
+        number = np.dtype(object if wide else np.int64)
+        # One axis at least, as NumPy turns single objects into numbers of its own.
+        product = np.atleast_1d(accumulator.astype(number)) * multiplier.astype(number)
+        # Past 63 (95) bits of shift every product is less than a half; before 1 it is huge.
+        right = np.clip(np.atleast_1d(shift), 1, 95 if wide else 63).astype(number)
+        half = np.ones(1, number) << (right - 1)
         floor = product >> right
         rest = product - (floor << right)
         odd = (floor & 1) == 1
         rounded = floor + ((rest > half) | ((rest == half) & odd))
-        return np.clip(rounded, -(2**31), 2**31).astype(np.int64)
+        shape = np.broadcast_shapes(accumulator.shape, multiplier.shape)
+        narrow: IntArray = np.clip(rounded, -(2**31), 2**31).astype(np.int64)
+        return narrow.reshape(shape)
 
 
 def accumulator_bound(
@@ -124,10 +132,11 @@ def accumulator_bound(
     activation: TensorQuantization,
     bias: npt.NDArray[Any] | None = None,
 ) -> float:
-    """Largest magnitude that any input can produce in any partial sum of a layer, in any order.
+    """Magnitude that no partial sum of a layer exceeds, whatever the input and the order.
 
     It is the sum of |w| over an output channel, times the largest |x - zero_point|, plus |bias|,
-    the largest over all channels.
+    the largest over all channels. Where the weights of that channel have one sign, some input
+    reaches it.
 
     Parameters
     ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +68,15 @@ class _Column:
                     content = stream.read(count * row_bytes)
                     if len(content) < count * row_bytes:
                         raise EOFError
+                    # Only at its very end is the checksum of a member compared.
+                    if start + count == self.shape[0] and stream.read(1):
+                        raise ValueError("there is more than the header says")
                     yield np.frombuffer(content, self.dtype).reshape(count, *row_shape)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except Exception as error:  # zipfile raises many kinds for a damaged file
             raise DataError(
-                f"array {self.name!r} is damaged or truncated", where=str(self.file)
+                f"array {self.name!r} is damaged or truncated",
+                where=str(self.file),
+                fix="copy the whole file, or write it again with numpy.savez",
             ) from error
 
 
@@ -104,8 +108,8 @@ class Samples:
         columns = (
             _columns_of_mapping(source) if isinstance(source, Mapping) else _columns_of_file(source)
         )
-        self._labels = columns.pop(LABELS, None)
         names = {entry.name for entry in inputs}
+        self._labels = None if LABELS in names else columns.pop(LABELS, None)
         if len(inputs) == 1 and not names & set(columns) and len(columns) == 1:
             columns = {inputs[0].name: next(iter(columns.values()))}
         if missing := [entry.name for entry in inputs if entry.name not in columns]:
@@ -132,6 +136,7 @@ class Samples:
                 "the arrays hold different numbers of samples: "
                 + ", ".join(f"{name} {length}" for name, length in lengths.items()),
                 where=self.where,
+                fix="every array must hold the same samples along its first axis",
             )
         self.count = next(iter(lengths.values()))
         if self.count == 0:
@@ -156,7 +161,13 @@ class Samples:
         }
         if not fixed:
             return None
-        batch = int(min(fixed))
+        if len(fixed) > 1:
+            raise DataError(
+                f"the model's inputs differ in their first size {sorted(fixed)}: it is no batch",
+                where=self.where,
+                fix="give every array one axis more: each entry is then one complete input",
+            )
+        batch = fixed.pop()
         if self.count % batch:
             raise DataError(
                 f"the model takes batches of exactly {batch}, which does not divide the "
@@ -168,6 +179,13 @@ class Samples:
 
     def _check(self, entry: ValueType, column: _Column) -> None:
         where = f"{self.where}, array {column.name!r}"
+        if entry.dtype.kind not in "fiub" or 0 in (entry.shape or ()):
+            raise DataError(
+                f"model input {entry.name!r} takes no numbers: its type is {entry.dtype}, its "
+                f"shape {entry.shape}",
+                where=where,
+                fix="bitwright quantizes and evaluates models whose inputs are arrays of numbers",
+            )
         expected = None if entry.shape is None else list(entry.shape)
         shape = column.shape if self.batched else column.shape[1:]
         fits = expected is None or (
@@ -211,19 +229,29 @@ class Samples:
         while done < self.count:
             batch = {}
             for name, stream in streams.items():
-                array = next(stream)
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    bad = next(i for i, row in enumerate(array) if not np.isfinite(row).all())
-                    raise DataError(
-                        f"sample {done + bad} holds NaN or infinite values",
-                        where=f"{self.where}, array {name!r}",
-                        fix="remove or repair the sample",
-                    )
-                array = array.astype(self._inputs[name][0].dtype, copy=False)
-                batch[name] = array if self.batched else array[0]
+                array = self._cast(next(stream), name, done)
+                # Not array[0], which for a scalar input would be no array.
+                batch[name] = array if self.batched else array.reshape(array.shape[1:])
             count = min(size, self.count - done)
             yield Batch(batch, None if labels is None else next(labels), count)
             done += count
+
+    def _cast(self, array: Array, name: str, first: int) -> Array:
+        """The samples from number ``first`` on, in the element type of the model input."""
+        dtype = self._inputs[name][0].dtype
+        with np.errstate(over="ignore"):  # float64 to float32: found below
+            cast = array.astype(dtype, copy=False)
+        good = np.isfinite(cast) if dtype.kind == "f" else cast == array
+        if not good.all():
+            bad = next(index for index, row in enumerate(good) if not row.all())
+            raise DataError(
+                f"sample {first + bad} holds NaN or infinite values"
+                if dtype.kind == "f"
+                else f"sample {first + bad} holds numbers beyond {dtype}",
+                where=f"{self.where}, array {self._inputs[name][1].name!r}",
+                fix="remove or repair the sample",
+            )
+        return cast
 
 
 def _columns_of_mapping(source: Mapping[str, Array]) -> dict[str, _Column]:
@@ -238,9 +266,9 @@ def _columns_of_mapping(source: Mapping[str, Array]) -> dict[str, _Column]:
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-    shape, fortran, dtype = (read or np.lib.format.read_array_header_2_0)(stream)
-    return shape, fortran, dtype
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
 
 
 def _columns_of_file(path: str | Path) -> dict[str, _Column]:
@@ -259,6 +287,8 @@ def _columns_of_file(path: str | Path) -> dict[str, _Column]:
                             where=f"{path}, array {name!r}",
                             fix="store numeric arrays; Python objects are never loaded",
                         )
+                    if min(shape, default=0) < 0:
+                        raise ValueError(f"shape {shape} is negative")
                     array = None
                     if fortran or not shape:  # its rows are not contiguous
                         array = np.frombuffer(stream.read(), dtype).reshape(shape, order="F")
@@ -267,9 +297,9 @@ def _columns_of_file(path: str | Path) -> dict[str, _Column]:
         raise DataError("there is no such file", where=str(path)) from None
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise DataError(
-            f"not an .npz file, or a damaged one ({error})",
+            f"not an .npz file, or a damaged one ({str(error)[:200]})",
             where=str(path),
             fix="write it with numpy.savez(file, input_name=array)",
         ) from error

@@ -1,0 +1,404 @@
+"""Rewrite a float graph into QDQ form, given where quantizers go and what their scales are.
+
+Quantizers stand as early as possible: directly behind the operator that computes (or its Relu or
+Clip), in front of operators that only carry values (max pooling, reshape, concat, ...). Weights are
+stored as codes, biases at the scale of the accumulator where int32 holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from bitwright.quant.float_ops import Array
+from bitwright.quant.graph import (
+    channel_axis,
+    constant,
+    data_inputs,
+    is_clamp,
+    is_move,
+    weight_input,
+)
+from bitwright.quant.observers import TensorQuantization, quantize_weights
+from bitwright.quant.placement import Placement
+from bitwright.quant.prepare import add_initializer
+from bitwright.quant.refine import LayerChoice
+from bitwright.vocabulary import Precision, PrecisionPlan
+
+__all__ = ["Emitter", "LayerSummary", "TensorSummary"]
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One quantized activation tensor.
+
+    Attributes
+    ----------
+    name
+        The tensor, named as in the float model.
+    quantization
+        Its scale, zero point and type.
+    minimum, maximum
+        Extremes of the calibration data.
+    sqnr_db
+        Signal to quantization noise ratio over the calibration data, from the histogram.
+    """
+
+    name: str
+    quantization: TensorQuantization
+    minimum: float
+    maximum: float
+    sqnr_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """What quantization did to one layer.
+
+    Attributes
+    ----------
+    activation
+        The layer's data input.
+    weight_sqnr_db
+        Signal to quantization noise ratio of the weights.
+    weight_clip
+        Largest weight that is kept, relative to the largest there is (1.0: nothing is clipped);
+        the mean over channels.
+    weight_count, weight_bytes
+        Number of weights, and the bytes they take: ceil(bits * n / 8).
+    bias
+        ``int32``, ``float32`` where int32 would overflow, or "" without bias.
+    """
+
+    name: str
+    operator: str
+    precision: Precision
+    activation: TensorSummary
+    weight_sqnr_db: float
+    weight_clip: float
+    weight_count: int
+    weight_bytes: int
+    bias: str
+
+
+def _code_dtype(quantization: TensorQuantization) -> np.dtype[Any]:
+    kind = "int" if quantization.signed else "uint"
+    if quantization.bits < 8:
+        narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, f"{kind}{quantization.bits}"))
+        return narrow
+    return np.dtype(f"{kind}{quantization.bits}")
+
+
+class Emitter:
+    """Inserts the quantizers; see the module's docstring for the rules."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        placement: Placement,
+        plan: PrecisionPlan,
+        chosen: dict[tuple[ir.Value, int], TensorSummary],
+        choices: Mapping[str, LayerChoice],
+        per_channel: bool,
+    ) -> None:
+        self._graph = graph
+        self._placement = placement
+        self._plan = plan
+        self._chosen = chosen
+        self._choices = choices
+        self._per_channel = per_channel
+        self._placed: dict[tuple[ir.Value, TensorQuantization], ir.Value] = {}
+        self._clones: dict[tuple[ir.Node, TensorQuantization], ir.Node] = {}
+        self._integer: set[ir.Node] = set()
+        self.elementwise_values: set[ir.Value] = set()
+
+    def run(self) -> list[LayerSummary]:
+        """Rewrite the graph in place."""
+        placement = self._placement
+        nodes = list(self._graph)
+        # Tables first: which nodes belong to one depends on the graph as it was.
+        tables = {
+            value: root for value, _ in self._chosen for value, root in self._tables_behind(value)
+        }
+        inside: dict[ir.Node, ir.Value] = {}
+        for value, root in tables.items():
+            for node in self._chain(value, root):
+                inside[node] = root
+        summaries = []
+        for node in nodes:
+            if node in placement.layers:
+                summaries.append(self._layer(node))
+            elif node in inside:
+                self._integer.add(node)
+                root = inside[node]
+                for index, operand in enumerate(node.inputs):
+                    if operand is root:
+                        node.replace_input_with(index, self._elementwise(root))
+            elif placement.is_integer_arithmetic(node):
+                self._integer.add(node)
+                for index in data_inputs(node):
+                    operand = node.inputs[index]
+                    assert operand is not None
+                    if constant(operand) is not None:
+                        node.replace_input_with(index, self._constant(operand, node))
+                    else:
+                        node.replace_input_with(index, self._elementwise(operand))
+            elif node in placement.biases:
+                self._integer.add(node)
+        return summaries
+
+    def float_nodes(self) -> list[ir.Node]:
+        """Nodes that neither run in integers nor only carry or clamp values between those."""
+        quantizers = ("QuantizeLinear", "DequantizeLinear")
+        return [
+            node
+            for node in self._graph
+            if node not in self._placement.layers
+            and node not in self._integer
+            and node.op_type not in quantizers
+            and not (self._on_integer_path(node))
+        ]
+
+    def _on_integer_path(self, node: ir.Node) -> bool:
+        """Moves behind a quantizer, and clamps between a computation and its quantizer."""
+        if is_move(node):
+            value = node.inputs[0]
+            producer = None if value is None else value.producer()
+            return producer is not None and (
+                producer.op_type == "DequantizeLinear" or self._on_integer_path(producer)
+            )
+        return is_clamp(node) and any(
+            use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()
+        )
+
+    def _tables_behind(self, value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """Tables whose result is quantized for ``value``, in front of the moves before it."""
+        root = self._placement.table_root(value)
+        if root is not None:
+            return [(value, root)]
+        node = value.producer()
+        if node is None or not (self._placement.is_hoistable(node) or is_clamp(node)):
+            return []
+        operands = self._placement.operands(node)
+        return [entry for operand in operands for entry in self._tables_behind(operand)]
+
+    def _chain(self, value: ir.Value, root: ir.Value) -> list[ir.Node]:
+        pending, nodes = [value], dict.fromkeys(())  # type: ignore[var-annotated]
+        while pending:
+            current = pending.pop()
+            node = current.producer()
+            if current is root or node is None or node in nodes:
+                continue
+            nodes[node] = None
+            pending.extend(self._placement.operands(node))
+        return list(nodes)
+
+    # -- activations ---------------------------------------------------------------------------
+
+    def _elementwise(self, value: ir.Value) -> ir.Value:
+        self.elementwise_values.add(value)
+        entry = self._chosen[value, self._plan.elementwise_bits]
+        return self._place(value, entry.quantization)
+
+    def _place(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
+        """Return ``value`` quantized and dequantized, the quantizer standing as early as it can."""
+        key = (value, quantization)
+        if key not in self._placed:
+            node = value.producer()
+            if node is not None and self._moves_up(node):
+                clone = self._clone(node, quantization)
+                result = clone.outputs[value.index() or 0]
+                if node.op_type == "Clip":  # its bounds need not be values of codes
+                    result = self._quantizer(result, quantization)
+                self._placed[key] = result
+            else:
+                self._placed[key] = self._quantizer(value, quantization)
+        return self._placed[key]
+
+    def _moves_up(self, node: ir.Node) -> bool:
+        """Whether the quantizer goes in front of the node: a move, or clamps with a move above."""
+        while is_clamp(node):
+            above = node.inputs[0]
+            producer = None if above is None else above.producer()
+            if producer is None or (above is not None and self._placement.table_root(above)):
+                return False
+            node = producer
+        return self._placement.is_hoistable(node)
+
+    def _clone(self, node: ir.Node, quantization: TensorQuantization) -> ir.Node:
+        """Repeat a move behind the quantizer; the original goes when nobody reads it any more."""
+        key = (node, quantization)
+        if key in self._clones:
+            return self._clones[key]
+        inputs = list(node.inputs)
+        for index in data_inputs(node):
+            operand = inputs[index]
+            assert operand is not None
+            if constant(operand) is not None:
+                inputs[index] = self._quantized_constant(operand, quantization)
+            else:
+                inputs[index] = self._place(operand, quantization)
+        clone = ir.node(
+            node.op_type,
+            inputs,
+            attributes={name: attr.value for name, attr in node.attributes.items()},
+            num_outputs=len(node.outputs),
+            name=node.name,
+        )
+        for old, new in zip(node.outputs, clone.outputs, strict=True):
+            new.name = f"{old.name}_dequantized"
+            new.type, new.shape = old.type, old.shape
+        self._graph.insert_after(node, clone)
+        self._clones[key] = clone
+        return clone
+
+    def _quantizer(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
+        label = f"{value.name}_{quantization}"
+        scale = add_initializer(self._graph, f"{label}_scale", np.float32(quantization.scale))
+        zero = np.array(quantization.zero_point, _code_dtype(quantization))
+        zero_point = add_initializer(self._graph, f"{label}_zero_point", ir.tensor(zero))
+        quantize = ir.node(
+            "QuantizeLinear", [value, scale, zero_point], name=f"{value.name}_QuantizeLinear"
+        )
+        codes = quantize.outputs[0]
+        codes.name, codes.shape = f"{value.name}_codes", value.shape
+        codes.type = ir.TensorType(ir.DataType.from_numpy(zero.dtype))
+        dequantize = self._dequantize(codes, scale, zero_point, f"{value.name}_dequantized")
+        producer = value.producer()
+        if producer is None:
+            self._graph.insert_before(self._graph[0], [quantize, dequantize])
+        else:
+            self._graph.insert_after(producer, [quantize, dequantize])
+        return dequantize.outputs[0]
+
+    @staticmethod
+    def _dequantize(
+        codes: ir.Value, scale: ir.Value, zero_point: ir.Value, name: str, axis: int | None = None
+    ) -> ir.Node:
+        node = ir.node(
+            "DequantizeLinear",
+            [codes, scale, zero_point],
+            attributes={} if axis is None else {"axis": axis},
+            name=f"{name}_DequantizeLinear",
+        )
+        node.outputs[0].name = name
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = codes.shape
+        return node
+
+    # -- constants -----------------------------------------------------------------------------
+
+    def _stored(
+        self,
+        user: ir.Node,
+        name: str,
+        codes: Array,
+        scale: npt.NDArray[np.float32],
+        axis: int | None = None,
+    ) -> ir.Value:
+        """Store integer codes with scale and zero point 0; return them dequantized."""
+        value = add_initializer(self._graph, name, ir.tensor(codes))
+        scale_value = add_initializer(self._graph, f"{name}_scale", np.asarray(scale))
+        zero = np.zeros(scale.shape, codes.dtype)
+        zero_value = add_initializer(self._graph, f"{name}_zero_point", ir.tensor(zero))
+        node = self._dequantize(value, scale_value, zero_value, f"{name}_dequantized", axis)
+        self._graph.insert_before(user, node)
+        return node.outputs[0]
+
+    def _constant(self, value: ir.Value, user: ir.Node) -> ir.Value:
+        """A constant operand of integer arithmetic, at the elementwise bits, unclipped."""
+        array = constant(value)
+        assert array is not None
+        bits = self._plan.elementwise_bits
+        codes, scale = quantize_weights(array, bits, axis=None)
+        return self._stored(user, f"{value.name}_codes", codes.astype(f"int{bits}"), scale)
+
+    def _quantized_constant(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
+        """A constant that is concatenated to quantized values, in their codes."""
+        key = (value, quantization)
+        if key not in self._placed:
+            self._placed[key] = self._quantizer(value, quantization)
+        return self._placed[key]
+
+    def _layer(self, node: ir.Node) -> LayerSummary:
+        index = weight_input(node)
+        assert index is not None
+        name = str(node.name)
+        precision = self._plan.layers[name]
+        data = self._placement.layer_input(node)
+        entry = self._chosen[data, precision.activation_bits]
+        weights = constant(node.inputs[index])
+        assert weights is not None
+        axis = channel_axis(node, weights.ndim) if self._per_channel else None
+        choice = self._choices.get(name, LayerChoice())
+        codes, scales = choice.weight_codes, choice.weight_scales
+        if codes is None or scales is None:
+            codes, scales = quantize_weights(weights, precision.weight_bits, axis=axis)
+        node.replace_input_with(1 - index, self._place(data, entry.quantization))
+        dtype = _code_dtype(TensorQuantization(1.0, 0, precision.weight_bits, signed=True))
+        stored = self._stored(node, f"{name}.weight_codes", codes.astype(dtype), scales, axis)
+        node.replace_input_with(index, stored)
+        product = np.float32(entry.quantization.scale) * scales
+        bias = self._bias(node, product, choice.bias_shift)
+        rows = np.moveaxis(weights, axis or 0, 0).reshape(scales.size, -1).astype(np.float64)
+        code_rows = np.moveaxis(codes, axis or 0, 0).reshape(scales.size, -1)
+        limits = scales.reshape(-1).astype(np.float64) * ((1 << (precision.weight_bits - 1)) - 1)
+        peaks = np.maximum(np.abs(rows).max(axis=1, initial=0.0), 1e-300)
+        return LayerSummary(
+            name,
+            node.op_type,
+            precision,
+            entry,
+            _sqnr_db(rows, code_rows * scales.reshape(-1, 1).astype(np.float64)),
+            float(np.minimum(limits / peaks, 1.0).mean()),
+            weights.size,
+            -(-precision.weight_bits * weights.size // 8),
+            bias,
+        )
+
+    def _bias(self, node: ir.Node, scale: npt.NDArray[np.float32], shift: Array | None) -> str:
+        """Quantize the bias of a layer at the accumulator's scale where int32 can hold it."""
+        user, index = node, 2
+        for addition, layer in self._placement.biases.items():
+            if layer is node:
+                user, index = addition, 0 if constant(addition.inputs[0]) is not None else 1
+        missing = len(user.inputs) <= index or user.inputs[index] is None
+        bias: Array | None
+        if missing:
+            if shift is None or node.op_type == "MatMul":
+                return ""
+            node.resize_inputs(3)
+            bias = np.zeros(shift.shape, np.float32)
+        else:
+            bias = constant(user.inputs[index])
+        if bias is None:
+            return "float32"
+        if shift is not None:
+            bias = (bias + shift).astype(np.float32)
+            value = add_initializer(self._graph, f"{node.name}.shifted_bias", bias)
+            user.replace_input_with(index, value)
+        codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
+        if np.abs(codes).max(initial=0.0) > _INT32_MAX:
+            return "float32"
+        axis = None if scale.ndim == 0 else bias.ndim - 1
+        name = f"{node.name}.bias_codes"
+        stored = self._stored(user, name, codes.astype(np.int32), scale, axis)
+        user.replace_input_with(index, stored)
+        return "int32"
+
+
+def _sqnr_db(signal: Array, approximation: Array) -> float:
+    error = float(np.square(signal.astype(np.float64) - approximation).sum())
+    power = float(np.square(signal.astype(np.float64)).sum())
+    if error == 0.0:
+        return math.inf
+    return 10.0 * math.log10(power / error) if power > 0.0 else -math.inf

@@ -1,0 +1,176 @@
+"""Decide where quantizers go: which operators of a float graph run in integers.
+
+1. The data input of every layer is quantized at the layer's activation bits.
+2. Sums, products and averages of activations, and elementwise functions, that lie between layers
+   get their inputs quantized at the plan's elementwise bits, so that they run in integers (a
+   function becomes a table over its input codes).
+3. Outputs of the model and all other operators stay float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from bitwright.quant.graph import (
+    constant,
+    data_inputs,
+    elementwise_roots,
+    is_arithmetic,
+    is_clamp,
+    is_move,
+    weight_input,
+)
+from bitwright.vocabulary import PrecisionPlan
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """Which operators of a float graph run in integers."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.layers = {node for node in graph if weight_input(node) is not None}
+        self.biases = dict(self._find_biases())
+        self.roots = elementwise_roots(graph, excluded=self.biases)
+        self._leads_to_layer = self._backward()
+        self._from_layer = self._forward()
+
+    def _find_biases(self) -> Iterable[tuple[ir.Node, ir.Node]]:
+        """Adds of a constant vector directly behind a MatMul, which are its bias."""
+        for node in self.layers:
+            uses = node.outputs[0].uses()
+            if node.op_type != "MatMul" or weight_input(node) != 1:
+                continue
+            if len(uses) != 1 or node.outputs[0].is_graph_output():
+                continue
+            follower, index = next(iter(uses))
+            weights = constant(node.inputs[1])
+            if follower.op_type != "Add" or follower.domain != "" or weights is None:
+                continue
+            bias = constant(follower.inputs[1 - index])
+            if (
+                weights.ndim >= 2
+                and bias is not None
+                and bias.size == weights.shape[-1]
+                and bias.shape[-1] == bias.size
+                and bias.ndim <= len(node.outputs[0].shape or ())
+            ):
+                yield follower, node
+
+    def _carries(self, node: ir.Node) -> bool:
+        if node in self.biases or not node.outputs or node.outputs[0].dtype != ir.DataType.FLOAT:
+            return False
+        return (
+            is_move(node)
+            or is_clamp(node)
+            or is_arithmetic(node)
+            or (len(node.outputs) == 1 and node.outputs[0] in self.roots)
+        )
+
+    def _backward(self) -> set[ir.Value]:
+        found: set[ir.Value] = set()
+        for node in reversed(list(self.graph)):
+            if node in self.layers:
+                found.add(self.layer_input(node))
+            elif self._carries(node) and any(value in found for value in node.outputs):
+                found.update(v for v in self.operands(node))
+        return found
+
+    def _forward(self) -> set[ir.Value]:
+        found: set[ir.Value] = set()
+        for node in self.graph:
+            computes = node in self.layers or node in self.biases
+            if computes or (self._carries(node) and any(v in found for v in self.operands(node))):
+                found.update(node.outputs)
+        return found
+
+    @staticmethod
+    def layer_input(node: ir.Node) -> ir.Value:
+        """The data input of a layer."""
+        index = weight_input(node)
+        assert index is not None
+        value = node.inputs[1 - index]
+        assert value is not None
+        return value
+
+    @staticmethod
+    def operands(node: ir.Node) -> list[ir.Value]:
+        """Inputs that carry data and are computed."""
+        values = [node.inputs[index] for index in data_inputs(node)]
+        return [v for v in values if v is not None and constant(v) is None]
+
+    def in_integers(self, value: ir.Value) -> bool:
+        """Whether a value lies between layers."""
+        return value in self._leads_to_layer and value in self._from_layer
+
+    def table_root(self, value: ir.Value) -> ir.Value | None:
+        """The value that a table computes ``value`` from; None where there is no table.
+
+        A chain of clamps alone needs no table: it narrows the range of the codes.
+        """
+        root = self.roots.get(value)
+        if root is None or root not in self._from_layer or value not in self._leads_to_layer:
+            return None
+        pending, seen = [value], set()
+        clamps_only = True
+        while pending:
+            current = pending.pop()
+            if current is root or current in seen:
+                continue
+            seen.add(current)
+            node = current.producer()
+            assert node is not None
+            clamps_only = clamps_only and is_clamp(node)
+            pending.extend(self.operands(node))
+        return None if clamps_only else root
+
+    def is_integer_arithmetic(self, node: ir.Node) -> bool:
+        """Whether a node adds, multiplies or averages activations between layers."""
+        return (
+            is_arithmetic(node)
+            and node not in self.biases
+            and node.outputs[0] not in self.roots
+            and node.outputs[0].dtype == ir.DataType.FLOAT
+            and self.in_integers(node.outputs[0])
+        )
+
+    def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, int]]:
+        """Tensors to quantize, with their bits, in order of execution."""
+        found: dict[tuple[ir.Value, int], None] = {}
+        targets: list[ir.Value] = []
+        for node in self.graph:
+            if node in self.layers:
+                value = self.layer_input(node)
+                found[value, plan.layers[str(node.name)].activation_bits] = None
+                targets.append(value)
+            elif self.is_integer_arithmetic(node):
+                for value in self.operands(node):
+                    found[value, plan.elementwise_bits] = None
+                    targets.append(value)
+        # Quantizers move in front of operators that only carry values; tables may lie behind those.
+        seen: set[ir.Value] = set()
+        while targets:
+            value = targets.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            root = self.table_root(value)
+            if root is not None:
+                found[root, plan.elementwise_bits] = None
+                targets.append(root)
+                continue
+            producer = value.producer()
+            if producer is not None and (self.is_hoistable(producer) or is_clamp(producer)):
+                targets.extend(self.operands(producer))
+        return list(found)
+
+    def is_hoistable(self, node: ir.Node) -> bool:
+        """Whether a quantizer behind the node may stand in front of it instead."""
+        return (
+            is_move(node)
+            and node.outputs[0].dtype == ir.DataType.FLOAT
+            and all(attr.type != ir.AttributeType.GRAPH for attr in node.attributes.values())
+        )

@@ -1,0 +1,342 @@
+"""Choose scales by the error they cause where it matters: at the output of the layer.
+
+The mean squared error of a tensor by itself misleads: clipping shrinks the largest values all in
+one direction, and a layer adds such errors up, while rounding errors cancel. So for a few
+calibration samples every layer is run on its float input with candidate scales, and
+
+1. each activation gets the scale, near the one its histogram suggests, and each output channel of
+   the weights gets the scale that leave the least squared error at the outputs of the layer,
+   the mean error of the channel left aside;
+2. that mean error, which any rounding of weights and activations leaves, is taken off the bias.
+
+Activations, weights and layers are treated one by one, all others float: what is chosen for a
+layer depends on the layer and its own precision alone (and, where layers share an input at the same
+bits, on those).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from bitwright.quant.float_ops import Array, make_session
+from bitwright.quant.graph import channel_axis, constant, weight_input
+from bitwright.quant.load import Model
+from bitwright.quant.observers import Observer, TensorQuantization, quantize_weights
+from bitwright.quant.samples import Batch
+
+__all__ = ["REFINEMENT_SAMPLES", "LayerChoice", "refine"]
+
+REFINEMENT_SAMPLES: Final = 8
+"""Calibration samples, spread evenly over all, that are kept for the refinement."""
+
+# Relative to the scale that the histogram suggests; more than the calibrated range is never kept.
+_ACTIVATION_PARTS = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6, 2.0, 2.5)
+# Relative to the largest weight of the channel.
+_WEIGHT_PARTS = {2: (0.25, 1.0), 4: (0.4, 1.0), 8: (0.6, 1.0)}
+_WEIGHT_STEPS = 7
+
+
+@dataclass(slots=True)
+class LayerChoice:
+    """What was chosen for one layer.
+
+    Attributes
+    ----------
+    weight_codes, weight_scales
+        As :func:`~bitwright.quant.observers.quantize_weights` gives them; None to use that.
+    bias_shift
+        What to add to the bias, one value an output channel; None for nothing.
+    """
+
+    weight_codes: npt.NDArray[np.int32] | None = None
+    weight_scales: npt.NDArray[np.float32] | None = None
+    bias_shift: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True)
+class _Error:
+    """Mean, mean square and number of the output errors of one candidate, one entry a channel."""
+
+    mean: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
+    square: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
+    count: int = 0
+
+    def add(self, mean: Array, square: Array, count: int) -> None:
+        total = self.count + count
+        self.mean = (self.mean * self.count + mean.astype(np.float64) * count) / total
+        self.square = (self.square * self.count + square.astype(np.float64) * count) / total
+        self.count = total
+
+    @property
+    def variance(self) -> npt.NDArray[np.float64]:
+        return np.maximum(self.square - self.mean * self.mean, 0.0)
+
+    @property
+    def reliable_mean(self) -> npt.NDArray[np.float64]:
+        """The mean, shrunk towards 0 where few or scattered values say little about it."""
+        spread = self.variance / max(self.count, 1)
+        return self.mean * np.maximum(1.0 - spread / np.maximum(self.mean * self.mean, 1e-300), 0.0)
+
+
+class _Probe:
+    """One layer, run by itself on recorded inputs, its output compared with the recorded one."""
+
+    def __init__(self, node: ir.Node, opset: int) -> None:
+        index = weight_input(node)
+        assert index is not None
+        data, weights = node.inputs[1 - index], node.inputs[index]
+        assert data is not None
+        assert weights is not None
+        self.node = node
+        self.data = data
+        array = constant(weights)
+        assert array is not None
+        self.weights: npt.NDArray[np.float32] = array
+        self.axis = channel_axis(node, array.ndim)
+        self._opset = opset
+        self._index = index
+        self._sessions: dict[bool, ort.InferenceSession] = {}
+
+    def run(self, x: Array, y: Array, parameters: Mapping[str, Array]) -> tuple[Array, Array, int]:
+        """Return mean and mean square of the error, one value a channel, and how many there were.
+
+        ``parameters`` holds ``scale``, ``low`` and ``high`` for a quantized input, or ``w`` for
+        other weights.
+        """
+        quantized = "scale" in parameters
+        if quantized not in self._sessions:
+            self._sessions[quantized] = self._session(x.ndim, y.ndim, quantized=quantized)
+        mean, square = self._sessions[quantized].run(None, {"x": x, "y": y, **parameters})
+        return mean, square, y.size // max(mean.size, 1)
+
+    def _session(self, x_rank: int, y_rank: int, *, quantized: bool) -> ort.InferenceSession:
+        helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+        layer = ir.to_proto(self.node)
+        names = ["", ""]
+        names[self._index], names[1 - self._index] = "w", "codes" if quantized else "x"
+        if self.node.op_type == "Conv":
+            channels = 1
+        else:
+            channels = y_rank - (1 if self._index == 1 else 2)
+        # Without a channel axis (a vector of weights) all errors count as one channel.
+        reduced = [axis for axis in range(y_rank) if self.axis is None or axis != channels]
+        stored: dict[str, Array] = {"w": self.weights, "axes": np.array(reduced, np.int64)}
+        bias = constant(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
+        if bias is not None:
+            names.append("b")
+            stored["b"] = bias
+        del layer.input[:], layer.output[:]
+        layer.input.extend(names)
+        layer.output.append("result")
+        # QuantizeLinear and DequantizeLinear spelled out: any width, scale as an input.
+        nodes = [
+            helper.make_node("Div", ["x", "scale"], ["divided"]),
+            helper.make_node("Round", ["divided"], ["rounded"]),
+            helper.make_node("Clip", ["rounded", "low", "high"], ["clipped"]),
+            helper.make_node("Mul", ["clipped", "scale"], ["codes"]),
+        ]
+        nodes = [*(nodes if quantized else []), layer]
+        nodes += [
+            helper.make_node("Sub", ["result", "y"], ["error"]),
+            helper.make_node("Mul", ["error", "error"], ["squared"]),
+            helper.make_node(
+                "ReduceMean", ["error", "axes"], ["mean"], keepdims=0, noop_with_empty_axes=1
+            ),
+            helper.make_node(
+                "ReduceMean", ["squared", "axes"], ["square"], keepdims=0, noop_with_empty_axes=1
+            ),
+        ]
+        ranks = {"x": x_rank, "y": y_rank}
+        if quantized:
+            ranks |= {"scale": 0, "low": 0, "high": 0}
+        else:
+            del stored["w"]
+            ranks["w"] = self.weights.ndim
+        graph = helper.make_graph(
+            nodes,
+            "probe",
+            [helper.make_tensor_value_info(n, kind, [None] * r) for n, r in ranks.items()],
+            [onnx.ValueInfoProto(name="mean"), onnx.ValueInfoProto(name="square")],
+            [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+        )
+        opsets = [helper.make_opsetid("", self._opset)]
+        return make_session(
+            helper.make_model(graph, opset_imports=opsets, ir_version=10), optimize=True
+        )
+
+
+def _largest_scale(observer: Observer, quantization: TensorQuantization) -> float:
+    """The scale that keeps the whole calibrated range."""
+    above = quantization.code_max - quantization.zero_point
+    below = quantization.zero_point - quantization.code_min
+    return max(observer.maximum / max(above, 1), -observer.minimum / max(below, 1))
+
+
+def _weight_candidates(
+    weights: npt.NDArray[np.float32], axis: int | None, bits: int
+) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+    low, high = _WEIGHT_PARTS[bits]
+    parts = np.linspace(low, high, _WEIGHT_STEPS)
+    return [quantize_weights(weights, bits, axis=axis, part=float(part)) for part in parts]
+
+
+def _expand(scales: Array, axis: int | None, rank: int) -> Array:
+    shape = [1] * rank
+    if axis is not None and scales.ndim:
+        shape[axis] = -1
+    return scales.reshape(shape) if scales.ndim else scales
+
+
+def refine(
+    model: Model,
+    layers: Sequence[ir.Node],
+    quantizations: Mapping[tuple[ir.Value, int], TensorQuantization],
+    observers: Mapping[str, Observer],
+    precisions: Mapping[str, Any],
+    kept: Sequence[Batch],
+    *,
+    per_channel: bool,
+    activations: bool,
+) -> tuple[dict[tuple[ir.Value, int], TensorQuantization], dict[str, LayerChoice]]:
+    """Choose scales and bias shifts on recorded samples.
+
+    Parameters
+    ----------
+    model
+        The float model.
+    layers
+        Its layers.
+    quantizations
+        For each data input of a layer and its bits, what the histogram suggests.
+    observers
+        Value name to observer.
+    precisions
+        Layer name to precision.
+    kept
+        Samples to run, in batches that fit memory.
+    per_channel
+        Whether output channels have weight scales of their own.
+    activations
+        Whether the scales of activations are chosen here too; otherwise they stay.
+
+    Returns
+    -------
+    quantizations
+        The activations that changed.
+    choices
+        Layer name to choice.
+    """
+    probes = [_Probe(node, model.opset) for node in layers]
+    activation_errors: dict[tuple[_Key, float], dict[str, _Error]] = {}
+    candidates: dict[_Key, list[float]] = {}
+    for probe in probes:
+        key = (probe.data, precisions[str(probe.node.name)].activation_bits)
+        scale = quantizations[key].scale
+        limit = max(_largest_scale(observers[str(probe.data.name)], quantizations[key]), scale)
+        parts = _ACTIVATION_PARTS if activations and key[1] < 16 else (1.0,)
+        candidates[key] = sorted({float(np.float32(min(scale * p, limit))) for p in parts})
+    weight_candidates = {}
+    weight_errors: dict[str, list[_Error]] = {}
+    for probe in probes:
+        name, bits = str(probe.node.name), precisions[str(probe.node.name)].weight_bits
+        if bits < 16:
+            axis = probe.axis if per_channel else None
+            weight_candidates[name] = _weight_candidates(probe.weights, axis, bits)
+            weight_errors[name] = [_Error() for _ in weight_candidates[name]]
+
+    recorder = _Recorder(model, probes)
+    for batch in kept:
+        values = recorder.run(batch)
+        for probe in probes:
+            name = str(probe.node.name)
+            x, y = values[str(probe.data.name)], values[str(probe.node.outputs[0].name)]
+            if y.size == 0:
+                continue
+            key = (probe.data, precisions[name].activation_bits)
+            quantization = quantizations[key]
+            low = np.array(quantization.code_min - quantization.zero_point, np.float32)
+            high = np.array(quantization.code_max - quantization.zero_point, np.float32)
+            for scale in candidates[key] if key[1] < 16 else ():
+                result = probe.run(
+                    x, y, {"scale": np.array(scale, np.float32), "low": low, "high": high}
+                )
+                errors = activation_errors.setdefault((key, scale), {})
+                errors.setdefault(name, _Error()).add(*result)
+            for (codes, scales), error in zip(
+                weight_candidates.get(name, ()), weight_errors.get(name, ()), strict=True
+            ):
+                axis = probe.axis if per_channel else None
+                w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
+                error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
+
+    chosen: dict[_Key, TensorQuantization] = {}
+    for key, steps in candidates.items():
+        if key[1] < 16 and activation_errors:
+            sums = [_total(activation_errors.get((key, step), {})) for step in steps]
+            chosen[key] = replace(quantizations[key], scale=steps[int(np.argmin(sums))])
+    choices = {}
+    for probe in probes:
+        name = str(probe.node.name)
+        choice = choices[name] = LayerChoice()
+        key = (probe.data, precisions[name].activation_bits)
+        shift: Array = np.zeros(())
+        if key in chosen:
+            found = activation_errors.get((key, chosen[key].scale), {}).get(name)
+            shift = shift - (0.0 if found is None else found.reliable_mean)
+        if name in weight_candidates and weight_errors[name][0].count:
+            axis = probe.axis if per_channel else None
+            codes, scales, mean = _best_weights(weight_candidates[name], weight_errors[name], axis)
+            choice.weight_codes, choice.weight_scales = codes, scales
+            shift = shift - mean
+        if shift.ndim and np.any(shift):
+            choice.bias_shift = shift.astype(np.float32)
+    return chosen, choices
+
+
+_Key = tuple[ir.Value, int]
+
+
+def _total(errors: Mapping[str, _Error]) -> float:
+    return sum(float(error.variance.sum()) for error in errors.values())
+
+
+def _best_weights(
+    candidates: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
+    errors: Sequence[_Error],
+    axis: int | None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], Array]:
+    """The candidate with the least output variance, channel by channel where that is free."""
+    variances = np.stack([error.variance for error in errors])
+    if axis is None or variances.ndim == 1:
+        index = int(np.argmin(variances.reshape(len(errors), -1).sum(axis=1)))
+        codes, scales = candidates[index]
+        return codes, scales, errors[index].reliable_mean
+    best = np.argmin(variances, axis=0)
+    channels = np.arange(best.size)
+    scales = np.stack([entry for _, entry in candidates])[best, channels]
+    stacked = np.stack([np.moveaxis(codes, axis, 0) for codes, _ in candidates])
+    codes = np.ascontiguousarray(np.moveaxis(stacked[best, channels], 0, axis))
+    mean = np.stack([error.reliable_mean for error in errors])[best, channels]
+    return codes, scales, mean
+
+
+class _Recorder:
+    """Runs the float model and returns inputs and outputs of the layers."""
+
+    def __init__(self, model: Model, probes: Sequence[_Probe]) -> None:
+        values = [v for probe in probes for v in (probe.data, probe.node.outputs[0])]
+        self._computed = [v for v in dict.fromkeys(values) if not v.is_graph_input()]
+        self._names = [str(value.name) for value in self._computed]
+        self._session = make_session(model.to_proto_with_outputs(self._computed), optimize=True)
+
+    def run(self, batch: Batch) -> dict[str, Array]:
+        results = self._session.run(self._names, batch.inputs)
+        return {**batch.inputs, **dict(zip(self._names, results, strict=True))}

@@ -1,0 +1,106 @@
+"""Every command and program that the documents show runs, and what it needs exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bitwright import PrecisionPlan
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: str, language: str) -> Iterator[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield match[1]
+
+
+def commands(document: str) -> list[str]:
+    joined = "\n".join(blocks(document, "sh")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    """A folder in which the documents' relative paths work and nothing of the tree is changed."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+def run(command: list[str] | str, folder: Path) -> None:
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    done = subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout or "mkdir" in command
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/write-a-metric.md"])
+def test_the_commands_and_programs_of_a_document_run(document: str, workshop: Path) -> None:
+    programs = list(blocks(document, "python"))
+    if document == "docs/write-a-metric.md":
+        (workshop / "my_metrics.py").write_text(programs.pop(0))
+    shown = [line for line in commands(document) if not line.startswith("make ")]
+    assert shown
+    for line in shown:
+        run(line, workshop)
+    for program in programs:
+        run([sys.executable, "-c", program], workshop)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_other_document_shows_commands_that_nothing_runs(document: str) -> None:
+    if document in ("README.md", "docs/write-a-metric.md"):
+        return
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in commands(document):
+        words = line.split()
+        assert words[0] == "make", f"{document}: {line!r} is run by no test"
+        assert words[1] in targets
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shown = [line.split()[1] for line in commands("README.md") if line.startswith("make ")]
+    assert shown == ["demo", "test"]
+    assert set(shown) <= targets
+
+
+def test_the_plan_that_is_shown_is_a_plan() -> None:
+    (shown,) = blocks("docs/precision-plans.md", "json")
+    plan = PrecisionPlan.from_json(shown)
+    assert list(plan.layers) == ["conv1", "conv2", "fc1"]
+    assert set(json.loads(shown)) == set(json.loads(plan.to_json()))
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                assert (ROOT / document).parent.joinpath(target).exists(), (document, target)
+
+
+def test_the_entry_point_that_is_shown_is_the_one_bitwright_uses() -> None:
+    (shown,) = blocks("docs/write-a-metric.md", "toml")
+    group = tomllib.loads(shown)["project"]["entry-points"]
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    assert set(group) == set(own)

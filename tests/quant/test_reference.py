@@ -1,0 +1,1395 @@
+"""The integer reference against onnxruntime on equal codes, and against naive integer loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnxruntime import quantization
+
+import bitwright
+from bitwright.errors import RunError
+from bitwright.evaluation import Comparison, Engine
+from bitwright.quant.load import load
+from bitwright.quant.observers import TensorQuantization
+from bitwright.quant.reference import Reference
+from bitwright.quant.requantization import Requantization, RequantizationForm
+from tests.quant.qdq import (
+    BITS,
+    Array,
+    Builder,
+    Tally,
+    code_type,
+    profile,
+    quantize,
+    residual_network,
+    run_onnxruntime,
+)
+
+Generator = np.random.Generator
+T = TypeVar("T")
+
+Case = tuple[Builder, str, dict[str, Array]]
+"""A model, its output, its input."""
+
+
+# -- cases ----------------------------------------------------------------------------------------
+
+
+def whole(generator: Generator, low: int, high: int) -> int:
+    return int(generator.integers(low, high + 1))
+
+
+def flag(generator: Generator, probability: float = 0.5) -> bool:
+    return bool(generator.random() < probability)
+
+
+def one_of(generator: Generator, choices: Sequence[T]) -> T:
+    return choices[int(generator.integers(len(choices)))]
+
+
+def draw_scale(generator: Generator) -> float:
+    """A scale from 2^-20 to 2^10; every third is a power of two, which makes ties."""
+    exponent = generator.uniform(-20, 10)
+    return float(np.float32(2.0 ** (round(exponent) if generator.random() < 0.34 else exponent)))
+
+
+def draw_quantization(generator: Generator, bits: int, scale: float | None = None) -> Any:
+    """Signed, unsigned or asymmetric."""
+    signed = flag(generator)
+    probe = TensorQuantization(1.0, 0, bits, signed)
+    zero_point = 0
+    if generator.random() < 0.4:
+        zero_point = int(generator.integers(probe.code_min, probe.code_max + 1))
+    return TensorQuantization(scale or draw_scale(generator), zero_point, bits, signed)
+
+
+def draw_codes(generator: Generator, low: int, high: int, shape: Sequence[int]) -> Array:
+    """Codes from low to high; sometimes only the extremes, or one of them everywhere."""
+    kinds = ["any", "middle", "extremes", "low", "high"]
+    kind = generator.choice(kinds, p=[0.5, 0.3, 0.1, 0.05, 0.05])
+    if kind == "any":
+        return generator.integers(low, high + 1, shape)
+    if kind == "middle":
+        middle, spread = (low + high) / 2, (high - low) / 6
+        return np.clip(np.rint(generator.normal(middle, spread, shape)), low, high).astype(int)
+    if kind == "extremes":
+        return generator.choice([low, high], shape)
+    return np.full(shape, low if kind == "low" else high)
+
+
+def draw_activation(generator: Generator, q: TensorQuantization, shape: Sequence[int]) -> Array:
+    """Floats that are exactly the values of codes, or (a few) the codes of 0."""
+    codes = draw_codes(generator, q.code_min, q.code_max, shape) - q.zero_point
+    if generator.random() < 0.05:
+        codes = np.zeros(shape, int)
+    return codes.astype(np.float32) * np.float32(q.scale)
+
+
+def output_like(generator: Generator, bits: int, spread: float) -> TensorQuantization:
+    """Quantization of an output whose values spread about so far around 0."""
+    q = draw_quantization(generator, bits)
+    parts = generator.choice([0.5, 2.0, 4.0, 20.0]) * generator.uniform(0.7, 1.5)
+    levels = max(abs(q.code_min - q.zero_point), abs(q.code_max - q.zero_point))
+    scale = spread * parts / levels
+    if generator.random() < 0.34:
+        scale = 2.0 ** round(math.log2(scale))
+    return TensorQuantization(float(np.float32(scale)), q.zero_point, bits, q.signed)
+
+
+def root_mean_square(array: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(array.astype(np.float64))))) or 1.0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a layer: codes, scale (one, or one a channel along ``axis``)."""
+
+    codes: Array
+    scale: Array
+    bits: int
+    signed: bool
+    axis: int | None
+    zero_point: int
+
+    @property
+    def spread(self) -> float:
+        return root_mean_square(self.codes - self.zero_point) * root_mean_square(self.scale)
+
+
+def draw_weights(
+    generator: Generator, bits: int, shape: Sequence[int], axis: int | None, per_channel: bool
+) -> Weights:
+    signed = flag(generator, 0.8)
+    probe = TensorQuantization(1.0, 0, bits, signed)
+    codes = draw_codes(generator, probe.code_min, probe.code_max, shape)
+    zero_point = 0 if signed else 1 << (bits - 1)
+    base = draw_scale(generator)
+    if per_channel and axis is not None:
+        factors = 2.0 ** generator.uniform(-3, 0, shape[axis])
+        scale = (base * factors).astype(np.float32)
+    else:
+        axis, scale = None, np.array(base, np.float32)
+    return Weights(codes, scale, bits, signed, axis, zero_point)
+
+
+def add_weights(builder: Builder, weights: Weights) -> str:
+    return builder.weights(
+        weights.codes,
+        weights.scale,
+        bits=weights.bits,
+        signed=weights.signed,
+        axis=weights.axis,
+        zero_point=weights.zero_point,
+    )
+
+
+def add_clamp(builder: Builder, generator: Generator, tensor: str, kind: str, spread: float) -> str:
+    """None, Relu, Clip with two or one bounds, or a chain of them."""
+    ends = np.sort(generator.uniform(-spread, 2 * spread, 2)).astype(np.float32)
+    if kind == "relu":
+        return builder.node("Relu", tensor)
+    if kind == "relu6":
+        return builder.node(
+            "Clip", tensor, builder.constant(np.float32(0)), builder.constant(ends[1])
+        )
+    if kind == "clip":
+        return builder.node("Clip", tensor, *(builder.constant(end) for end in ends))
+    if kind == "above":
+        return builder.node("Clip", tensor, builder.constant(ends[0]))
+    if kind == "below":
+        return builder.node("Clip", tensor, "", builder.constant(ends[1]))
+    if kind == "chain":
+        clipped = builder.node("Clip", tensor, *(builder.constant(end) for end in ends))
+        return builder.node("Relu", clipped)
+    return tensor
+
+
+CLAMPS = ("none", "none", "none", "none", "relu", "relu6", "clip", "above", "below", "chain")
+BIASES = ("none", "int32", "float")
+
+
+def bias_tensor(
+    builder: Builder,
+    generator: Generator,
+    kind: str,
+    scale: Array,
+    shape: Sequence[int],
+    spread: float,
+) -> str | None:
+    """An int32 bias at the accumulator's scale, or a float one."""
+    if kind == "none":
+        return None
+    values = generator.normal(0.0, 0.4 * spread, shape)
+    if kind == "float":
+        return builder.constant(values.astype(np.float32))
+    codes = np.clip(np.rint(values / scale), -(2**31) + 1, 2**31 - 1)
+    axis = None if scale.size == 1 else len(shape) - 1
+    return builder.weights(codes, scale, bits=32, axis=axis)
+
+
+def convolutions(
+    generator: Generator, weight_bits: int | None = None, x_bits: int | None = None
+) -> Case:
+    rank = whole(generator, 1, 3)
+    kernel, strides, dilations = ([whole(generator, 1, 3) for _ in range(rank)] for _ in range(3))
+    groups = whole(generator, 1, 3)
+    depthwise = flag(generator)
+    in_group = 1 if depthwise else whole(generator, 1, 4)
+    filters = groups * whole(generator, 1, 3)
+    auto = one_of(generator, ["NOTSET", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"])
+    # onnxruntime knows no dilation together with SAME.
+    if auto.startswith("SAME"):
+        dilations = [1] * rank
+    largest = (24, 8, 4)[rank - 1]
+    size = [
+        (k - 1) * d + whole(generator, 1, largest) for k, d in zip(kernel, dilations, strict=True)
+    ]
+    attributes: dict[str, Any] = {"strides": strides, "dilations": dilations, "group": groups}
+    if auto == "NOTSET":
+        attributes["pads"] = [whole(generator, 0, 2) for _ in range(2 * rank)]
+    else:
+        attributes["auto_pad"] = auto
+    weight_bits, x_bits = weight_bits or one_of(generator, BITS), x_bits or one_of(generator, BITS)
+    y_bits = one_of(generator, [*BITS, 8, 16])
+    x_q = draw_quantization(generator, x_bits)
+    shape = [whole(generator, 1, 2), groups * in_group, *size]
+    x = draw_activation(generator, x_q, shape)
+    weights = draw_weights(generator, weight_bits, [filters, in_group, *kernel], 0, flag(generator))
+    spread = root_mean_square(x) * weights.spread * math.sqrt(in_group * math.prod(kernel))
+    builder = Builder()
+    data = builder.activation(builder.input("x", shape), x_q)
+    inputs = [data, add_weights(builder, weights)]
+    bias = bias_tensor(
+        builder,
+        generator,
+        one_of(generator, BIASES),
+        np.float32(x_q.scale) * weights.scale,
+        [filters],
+        spread,
+    )
+    layer = builder.node("Conv", *inputs, *([bias] if bias else []), name="layer", **attributes)
+    clamped = add_clamp(builder, generator, layer, one_of(generator, CLAMPS), spread)
+    output = builder.activation(clamped, output_like(generator, y_bits, spread))
+    return builder, output, {"x": x}
+
+
+def products(generator: Generator) -> Case:
+    """Gemm, and MatMul of all ranks with the weights on either side."""
+    rows, terms, columns = (whole(generator, 1, 12) for _ in range(3))
+    terms *= one_of(generator, [1, 1, 4, 16])
+    kind = one_of(generator, ["gemm", "right", "right", "left", "left", "vector"])
+    weight_bits, x_bits = one_of(generator, BITS), one_of(generator, BITS)
+    y_bits = one_of(generator, [*BITS, 8, 16])
+    per_channel = flag(generator)
+    x_q = draw_quantization(generator, x_bits)
+    builder = Builder()
+    attributes: dict[str, Any] = {}
+    batch = [whole(generator, 1, 3) for _ in range(whole(generator, 0, 2))]
+    weight_batch = one_of(generator, [[], [], batch[-1:], batch])
+    if kind == "gemm":
+        attributes = {"transA": whole(generator, 0, 1), "transB": whole(generator, 0, 1)}
+        shape = [terms, rows] if attributes["transA"] else [rows, terms]
+        weight_shape = [columns, terms] if attributes["transB"] else [terms, columns]
+        axis = 0 if attributes["transB"] else 1
+    elif kind == "right":
+        shape, weight_shape = [*batch, rows, terms], [*weight_batch, terms, columns]
+        axis = len(weight_shape) - 1
+    elif kind == "left":
+        shape, weight_shape = [*batch, terms, rows], [*weight_batch, columns, terms]
+        axis = len(weight_shape) - 2
+    else:  # a vector by a matrix, from either side
+        shape = [terms]
+        weight_shape, axis = [terms, columns], 1
+        kind = "right"
+        if flag(generator):
+            weight_shape, axis, kind = [columns, terms], 0, "left"
+    x = draw_activation(generator, x_q, shape)
+    weights = draw_weights(generator, weight_bits, weight_shape, axis, per_channel)
+    spread = root_mean_square(x) * weights.spread * math.sqrt(terms)
+    data = builder.activation(builder.input("x", shape), x_q)
+    operands = [data, add_weights(builder, weights)]
+    if kind == "left":
+        operands.reverse()
+    scale = np.float32(x_q.scale) * weights.scale
+    bias_kind = one_of(generator, BIASES)
+    if kind == "gemm":
+        bias = bias_tensor(builder, generator, bias_kind, scale, [columns], spread)
+        layer = builder.node(
+            "Gemm", *operands, *([bias] if bias else []), name="layer", **attributes
+        )
+    else:
+        layer = builder.node("MatMul", *operands, name="layer")
+        bias = None
+        if kind == "right":
+            bias = bias_tensor(builder, generator, bias_kind, scale, [columns], spread)
+        if bias is not None:
+            both = [layer, bias] if flag(generator) else [bias, layer]
+            layer = builder.node("Add", *both, name="bias")
+    clamped = add_clamp(builder, generator, layer, one_of(generator, CLAMPS), spread)
+    output = builder.activation(clamped, output_like(generator, y_bits, spread))
+    return builder, output, {"x": x}
+
+
+def run_all(make: Callable[[Generator], Case], examples: int, kinds: set[str]) -> Tally:
+    """Compare many cases; every region computes in one of ``kinds``."""
+    tally = Tally()
+
+    # A seed makes the whole case: searching for small cases would make many that are alike.
+    @profile(examples)
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed: int) -> None:
+        builder, output, feeds = make(np.random.default_rng(seed))
+        regions = tally.add(builder, [output], feeds)
+        assert {region.kind for region in regions.values()} - {"quantize"} <= kinds
+        assert list(regions.values())[-1].kind in kinds
+
+    check()
+    return tally
+
+
+def test_convolutions() -> None:
+    run_all(convolutions, 300, {"layer"}).check(narrow=4_000, wide=8_000)
+
+
+def test_matrix_products() -> None:
+    run_all(products, 300, {"layer"}).check(narrow=4_000, wide=6_000)
+
+
+def test_all_pairs_of_bits() -> None:
+    tally = Tally()
+    for (weight_bits, x_bits), seed in itertools.product(itertools.product(BITS, BITS), range(10)):
+        generator = np.random.default_rng([weight_bits, x_bits, seed])
+        builder, output, feeds = convolutions(generator, weight_bits, x_bits)
+        regions = tally.add(builder, [output], feeds)
+        (last,) = (region for region in regions.values() if region.kind == "layer")
+        y_bits = list(builder.quantized.values())[-1][1].bits
+        assert last.operand_bits == max(weight_bits, x_bits, y_bits)
+        assert last.name == "layer"
+    tally.check(narrow=3_000, wide=4_000)
+
+
+def sums(generator: Generator) -> Case:
+    """Add, Sub and Mul of two activations, or of one and a stored constant, broadcast."""
+    operator = one_of(generator, ["Add", "Add", "Sub", "Mul"])
+    shape = [whole(generator, 1, 5) for _ in range(whole(generator, 1, 4))]
+    shapes = [list(shape), list(shape)]
+    for entry in shapes:
+        if flag(generator, 0.4):  # broadcast some axes, leave out some in front
+            entry[:] = [1 if flag(generator, 0.4) else size for size in entry]
+            entry[:] = entry[whole(generator, 0, len(entry) - 1) :]
+    builder = Builder()
+    feeds, operands, spreads = {}, [], []
+    scale = draw_scale(generator)
+    for index, entry in enumerate(shapes):
+        # Operands of one sum are mostly of about one size.
+        far = 2.0 ** generator.uniform(-3, 3) if flag(generator, 0.8) else 2.0**12
+        q = draw_quantization(generator, one_of(generator, BITS), float(np.float32(scale * far)))
+        x = draw_activation(generator, q, entry)
+        spreads.append(root_mean_square(x))
+        if index and flag(generator, 0.3):
+            operands.append(
+                builder.weights(
+                    quantize(x, q), np.float32(q.scale), bits=q.bits, signed=q.signed,
+                    zero_point=q.zero_point,
+                )
+            )  # fmt: skip
+        else:
+            name = builder.input(f"x{index}", entry)
+            feeds[name] = x
+            operands.append(builder.activation(name, q))
+    if flag(generator):
+        operands.reverse()
+    spread = math.prod(spreads) if operator == "Mul" else math.hypot(*spreads)
+    result = builder.node(operator, *operands, name="arithmetic")
+    result = add_clamp(builder, generator, result, one_of(generator, CLAMPS), spread)
+    output_bits = one_of(generator, [*BITS, 8, 16])
+    return builder, builder.activation(result, output_like(generator, output_bits, spread)), feeds
+
+
+def averages(generator: Generator) -> Case:
+    builder = Builder()
+    rank = whole(generator, 1, 3)
+    largest = (16, 8, 5)[rank - 1]
+    shape = [whole(generator, 1, 2), whole(generator, 1, 3)]
+    shape += [whole(generator, 1, largest) for _ in range(rank)]
+    q = draw_quantization(generator, one_of(generator, BITS))
+    operator = one_of(
+        generator, ["AveragePool", "AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"]
+    )
+    attributes: dict[str, Any] = {}
+    extra = []
+    if operator == "AveragePool":
+        attributes = draw_pooling(generator, shape[2:])
+        attributes["count_include_pad"] = whole(generator, 0, 1)
+    elif operator != "GlobalAveragePool":
+        attributes["keepdims"] = whole(generator, 0, 1)
+        axes = generator.permutation(len(shape))[: whole(generator, 0, len(shape))]
+        axes = np.where(generator.random(axes.shape) < 0.5, axes, axes - len(shape))
+        if axes.size or flag(generator):
+            extra.append(builder.constant(axes.astype(np.int64)))
+    x = draw_activation(generator, q, shape)
+    data = builder.activation(builder.input("x", shape), q)
+    spread = root_mean_square(x) * (4.0 if operator == "ReduceSum" else 1.0)
+    result = builder.node(operator, data, *extra, name="arithmetic", **attributes)
+    result = add_clamp(builder, generator, result, one_of(generator, CLAMPS), spread)
+    output_bits = one_of(generator, [*BITS, 8, 16])
+    output = builder.activation(result, output_like(generator, output_bits, spread))
+    return builder, output, {"x": x}
+
+
+def draw_pooling(generator: Generator, size: list[int]) -> dict[str, Any]:
+    """Attributes of a pooling whose windows fit and never lie in the padding alone."""
+    rank = len(size)
+    kernel = [whole(generator, 1, min(3, n)) for n in size]
+    attributes: dict[str, Any] = {
+        "kernel_shape": kernel,
+        "strides": [whole(generator, 1, 3) for _ in range(rank)],
+    }
+    auto = one_of(generator, ["NOTSET", "NOTSET", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"])
+    if auto != "NOTSET":
+        attributes["auto_pad"] = auto
+        if auto.startswith("SAME"):
+            attributes["strides"] = [whole(generator, 1, min(kernel)) for _ in range(rank)]
+        return attributes
+    dilations = [
+        whole(generator, 1, 2) if (k - 1) * 2 + 1 <= n else 1
+        for k, n in zip(kernel, size, strict=True)
+    ]
+    attributes["dilations"] = dilations
+    attributes["pads"] = [whole(generator, 0, k - 1) for k in kernel * 2]
+    attributes["ceil_mode"] = whole(generator, 0, 1)
+    return attributes
+
+
+def test_sums_and_products_of_activations() -> None:
+    run_all(sums, 300, {"arithmetic"}).check(narrow=1_500, wide=2_500)
+
+
+def test_averages() -> None:
+    run_all(averages, 300, {"arithmetic"}).check(narrow=1_000, wide=1_000)
+
+
+def powers_of_two(generator: Generator) -> Case:
+    """A layer whose scales are powers of two: float32 computes it exactly, ties included."""
+    weight_bits, x_bits = one_of(generator, BITS[:3]), one_of(generator, BITS[:3])
+    exponents = generator.integers(-20, 11, 2)
+    q = draw_quantization(generator, x_bits, 2.0 ** exponents[0])
+    # At most 64 * 255 * 255 < 2^24: every sum is a whole float32 number.
+    terms, columns = whole(generator, 1, 64), whole(generator, 1, 16)
+    x = draw_activation(generator, q, [8, terms])
+    weights = draw_weights(generator, weight_bits, [terms, columns], 1, per_channel=False)
+    scale = 2.0 ** exponents[1]
+    builder = Builder()
+    stored = builder.weights(
+        weights.codes, np.float32(scale), bits=weight_bits, signed=weights.signed,
+        zero_point=weights.zero_point,
+    )  # fmt: skip
+    data = builder.activation(builder.input("x", x.shape), q)
+    layer = builder.node("MatMul", data, stored, name="layer")
+    y_bits = one_of(generator, BITS)
+    # A step of the output is 2^0 to 2^12 steps of the accumulator.
+    y_scale = q.scale * scale * 2.0 ** generator.integers(0, 13)
+    output = builder.activation(layer, draw_quantization(generator, y_bits, y_scale))
+    return builder, output, {"x": x}
+
+
+def test_powers_of_two_are_equal_in_every_code() -> None:
+    tally = run_all(powers_of_two, 200, {"layer"})
+    assert tally.differing == {False: 0, True: 0}
+    assert min(tally.codes.values()) > 1_000
+
+
+# -- elementwise functions ------------------------------------------------------------------------
+
+
+def scalar(builder: Builder, value: float) -> str:
+    return builder.constant(np.float32(value))
+
+
+@dataclass(frozen=True)
+class Function:
+    """An elementwise function as ONNX nodes, and as a formula in float64."""
+
+    build: Callable[[Builder, str], str]
+    formula: Callable[[Any], Any]
+
+
+def sigmoid(x: Any) -> Any:
+    return np.exp(np.minimum(x, 0.0)) / (1.0 + np.exp(-np.abs(x)))
+
+
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+FUNCTIONS = {
+    "Sigmoid": Function(lambda b, x: b.node("Sigmoid", x), sigmoid),
+    "Tanh": Function(lambda b, x: b.node("Tanh", x), np.tanh),
+    "Erf": Function(lambda b, x: b.node("Erf", x), erf),
+    "HardSwish": Function(
+        lambda b, x: b.node("HardSwish", x), lambda x: x * np.clip(x / 6 + 0.5, 0, 1)
+    ),
+    "HardSigmoid": Function(
+        lambda b, x: b.node("HardSigmoid", x, alpha=0.25, beta=0.4),
+        lambda x: np.clip(0.25 * x + 0.4, 0, 1),
+    ),
+    "Gelu": Function(
+        lambda b, x: b.node("Gelu", x), lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2)))
+    ),
+    "LeakyRelu": Function(
+        lambda b, x: b.node("LeakyRelu", x, alpha=0.1), lambda x: np.where(x < 0, 0.1 * x, x)
+    ),
+    "Elu": Function(
+        lambda b, x: b.node("Elu", x), lambda x: np.where(x < 0, np.expm1(np.minimum(x, 0)), x)
+    ),
+    "Softplus": Function(lambda b, x: b.node("Softplus", x), lambda x: np.logaddexp(0.0, x)),
+    "Abs": Function(lambda b, x: b.node("Abs", x), np.abs),
+    "x*sigmoid(x)": Function(
+        lambda b, x: b.node("Mul", x, b.node("Sigmoid", x)), lambda x: x * sigmoid(x)
+    ),
+    "x*clip(x+3)/6": Function(
+        lambda b, x: b.node(
+            "Div",
+            b.node(
+                "Mul",
+                b.node(
+                    "Clip",
+                    b.node("Add", x, b.constant(np.full((1, 1), 3, np.float32))),
+                    scalar(b, 0),
+                    scalar(b, 6),
+                ),
+                x,
+            ),
+            scalar(b, 6),
+        ),
+        lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    ),
+    "max(x, 0.25x)": Function(
+        lambda b, x: b.node("Max", x, b.node("Mul", scalar(b, 0.25), x)),
+        lambda x: np.maximum(x, 0.25 * x),
+    ),
+    "Clip(Relu)": Function(
+        lambda b, x: b.node("Clip", b.node("Relu", x), "", scalar(b, 1.3)),
+        lambda x: np.clip(x, 0, np.float32(1.3)),
+    ),
+    "Clip of Clip": Function(
+        lambda b, x: b.node(
+            "Clip", b.node("Clip", x, scalar(b, -0.7), scalar(b, 1)), scalar(b, -1), scalar(b, 0.4)
+        ),
+        lambda x: np.clip(x, np.float32(-0.7), np.float32(0.4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("bits", BITS)
+def test_functions_are_exact_for_every_code(name: str, bits: int) -> None:
+    generator = np.random.default_rng(len(name) + bits)
+    tally = Tally()
+    for y_bits, signed in itertools.product(BITS, (False, True)):
+        # Values up to about 5, where these functions bend.
+        x_q = draw_quantization(generator, bits, float(np.float32(10.0 / 2**bits)))
+        y_q = TensorQuantization(
+            float(np.float32(4.0 / 2**y_bits)), 1 if y_bits > 2 else 0, y_bits, signed
+        )
+        builder = Builder()
+        codes = np.arange(x_q.code_min, x_q.code_max + 1)
+        x = (codes - x_q.zero_point).astype(np.float32) * np.float32(x_q.scale)
+        data = builder.activation(builder.input("x", [x.size // 4, 4]), x_q)
+        output = builder.activation(FUNCTIONS[name].build(builder, data), y_q)
+        feeds = {"x": x.reshape(-1, 4)}
+        regions = tally.add(builder, [output], feeds)
+        (last,) = list(regions.values())[1:]
+        assert (last.kind, last.accumulator_bits) == ("table", 0)
+        assert last.operand_bits == max(bits, y_bits)
+        _, found = Reference(load(builder.model(output))).run(feeds)
+        values = FUNCTIONS[name].formula(x.astype(np.float64))
+        expected = np.clip(
+            np.rint(values / np.float64(np.float32(y_q.scale))) + y_q.zero_point,
+            y_q.code_min,
+            y_q.code_max,
+        )
+        difference = np.abs(list(found.values())[-1].reshape(-1) - expected)
+        assert difference.max() <= 1
+        # Where float32 rounds across a tie; 16-bit codes of values near 5 lie close to it.
+        assert np.count_nonzero(difference) <= max(1, difference.size // 200)
+    assert tally.share(wide=False) == 1.0
+    assert tally.share(wide=True) >= 0.999
+
+
+def test_relu_on_codes_needs_no_table() -> None:
+    q = TensorQuantization(0.1, 3, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [256]), q)
+    relu = builder.node("Relu", data)
+    output = builder.activation(relu, q)
+    x = (np.arange(-128, 128) - 3).astype(np.float32) * np.float32(0.1)
+    _, codes = Reference(load(builder.model(output))).run({"x": x})
+    np.testing.assert_array_equal(list(codes.values())[-1], np.maximum(np.arange(-128, 128), 3))
+
+
+def test_one_table_for_each_quantization_of_its_input() -> None:
+    # The scale is an input of the model: a table of the first run is wrong in the second.
+    builder = Builder()
+    builder.input("x", [4])
+    builder.inputs.append(onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, []))
+    zero = builder.constant(np.int8(0))
+    codes = builder.node("QuantizeLinear", "x", "s", zero)
+    data = builder.node("DequantizeLinear", codes, "s", zero)
+    q = TensorQuantization(1 / 64, 0, 8, signed=True)
+    output = builder.activation(builder.node("Sigmoid", data), q)
+    model = builder.model(output)
+    reference = Reference(load(model))
+    for scale in (0.01, 0.05):
+        feeds = {
+            "x": np.array([-1.0, 0.1, 0.5, 1.0], np.float32),
+            "s": np.array(scale, np.float32),
+        }
+        (expected,) = run_onnxruntime(model, feeds)
+        np.testing.assert_array_equal(reference.run(feeds)[0][output], expected)
+
+
+def test_constants_that_change_the_shape_make_no_table() -> None:
+    q = TensorQuantization(0.1, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [3]), q)
+    raised = builder.node("Mul", data, builder.constant(np.full((1, 1), 2, np.float32)))
+    output = builder.activation(raised, q)
+    feeds = {"x": np.array([0.1, -0.2, 0.3], np.float32)}
+    result = Reference(load(builder.model(output))).run(feeds)[0][output]
+    assert result.shape == (1, 3)
+    np.testing.assert_allclose(result, [[0.2, -0.4, 0.6]], rtol=1e-6)
+
+
+# -- moves ----------------------------------------------------------------------------------------
+
+Q8 = TensorQuantization(0.0625, 11, 8, signed=True)
+X8 = (np.arange(96).reshape(2, 4, 3, 4) * 37 % 256 - 128).astype(np.int64)  # codes, all over
+
+
+def ints(builder: Builder, *values: int) -> str:
+    return builder.constant(np.array(values, np.int64))
+
+
+def slide_max(x: Array, size: int) -> Array:
+    """Maximum over size x size windows, padded by one in front: padding never wins."""
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 0), (1, 0)], constant_values=-999)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(2, 3))
+    result: Array = windows.max(axis=(-2, -1))
+    return result
+
+
+MOVES: dict[str, tuple[Callable[[Builder, str], str], Callable[[Array], Array]]] = {
+    "Reshape": (lambda b, x: b.node("Reshape", x, ints(b, 4, -1)), lambda x: x.reshape(4, -1)),
+    "Flatten": (lambda b, x: b.node("Flatten", x, axis=2), lambda x: x.reshape(8, 12)),
+    "Transpose": (
+        lambda b, x: b.node("Transpose", x, perm=[0, 2, 3, 1]),
+        lambda x: x.transpose(0, 2, 3, 1),
+    ),
+    "Unsqueeze": (lambda b, x: b.node("Unsqueeze", x, ints(b, 0)), lambda x: x[None]),
+    "Pad": (
+        lambda b, x: b.node("Pad", x, ints(b, 0, 0, 1, 0, 0, 0, 2, 1)),
+        lambda x: np.pad(x, [(0, 0), (0, 0), (1, 2), (0, 1)], constant_values=11),
+    ),
+    "Pad with axes": (
+        lambda b, x: b.node("Pad", x, ints(b, 1, 2), "", ints(b, 3)),
+        lambda x: np.pad(x, [(0, 0), (0, 0), (0, 0), (1, 2)], constant_values=11),
+    ),
+    "Pad by reflection": (
+        lambda b, x: b.node("Pad", x, ints(b, 0, 0, 1, 1, 0, 0, 1, 1), mode="reflect"),
+        lambda x: np.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)], mode="reflect"),
+    ),
+    "Slice": (
+        lambda b, x: b.node("Slice", x, ints(b, 3), ints(b, 0), ints(b, 1), ints(b, -2)),
+        lambda x: x[:, 3:0:-2],
+    ),
+    "Gather": (
+        lambda b, x: b.node("Gather", x, ints(b, 2, 0, 2), axis=3),
+        lambda x: x[..., [2, 0, 2]],
+    ),
+    "Tile": (
+        lambda b, x: b.node("Tile", x, ints(b, 1, 2, 1, 1)),
+        lambda x: np.tile(x, (1, 2, 1, 1)),
+    ),
+    "Expand": (
+        lambda b, x: b.node("Expand", x, ints(b, 3, 1, 1, 1, 1)),
+        lambda x: np.broadcast_to(x, (3, 2, 4, 3, 4)),
+    ),
+    "Concat": (lambda b, x: b.node("Concat", x, x, axis=1), lambda x: np.concatenate([x, x], 1)),
+    "MaxPool": (
+        lambda b, x: b.node("MaxPool", x, kernel_shape=[2, 2], pads=[1, 1, 0, 0]),
+        lambda x: slide_max(x, 2),
+    ),
+    "GlobalMaxPool": (
+        lambda b, x: b.node("GlobalMaxPool", x),
+        lambda x: x.max(axis=(2, 3), keepdims=True),
+    ),
+    "ReduceMax": (
+        lambda b, x: b.node("ReduceMax", x, ints(b, 1), keepdims=0),
+        lambda x: x.max(axis=1),
+    ),
+    "ReduceMin": (
+        lambda b, x: b.node("ReduceMin", x, ints(b, -1)),
+        lambda x: x.min(axis=-1, keepdims=True),
+    ),
+    "DepthToSpace": (
+        lambda b, x: b.node("DepthToSpace", x, blocksize=2),
+        lambda x: x.reshape(2, 2, 2, 1, 3, 4).transpose(0, 3, 4, 1, 5, 2).reshape(2, 1, 6, 8),
+    ),
+    "Resize": (
+        lambda b, x: b.node(
+            "Resize", x, "", b.constant(np.array([1, 1, 2, 2], np.float32)),
+            mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+        ),
+        lambda x: x.repeat(2, axis=2).repeat(2, axis=3),
+    ),
+    "Identity": (lambda b, x: b.node("Identity", x), lambda x: x),
+    "chain": (
+        lambda b, x: b.node("Relu", b.node("Transpose", b.node("Identity", x), perm=[3, 2, 1, 0])),
+        lambda x: np.maximum(x.transpose(3, 2, 1, 0), 11),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_carry_codes(name: str) -> None:
+    build, expected = MOVES[name]
+    builder = Builder()
+    data = builder.activation(builder.input("x", X8.shape), Q8)
+    moved = build(builder, data)
+    output = builder.activation(moved, Q8)
+    # What follows computes in integers, so it got codes.
+    factor = builder.weights(np.array([4]), np.float32(0.125), bits=8)
+    product = builder.activation(
+        builder.node("Mul", moved, factor), TensorQuantization(0.0625, 0, 16, signed=True)
+    )
+    reference = Reference(load(builder.model(output, product)))
+    feeds = {"x": (X8 - 11).astype(np.float32) * np.float32(0.0625)}
+    results, codes = reference.run(feeds)
+    found, halved = list(codes.values())[1:]
+    np.testing.assert_array_equal(found, expected(X8))
+    np.testing.assert_array_equal(halved, np.rint((expected(X8) - 11) / 2))
+    assert [region.kind for region in reference.regions.values()][-1] == "arithmetic"
+    theirs = run_onnxruntime(builder.model(output, product), feeds)
+    np.testing.assert_array_equal(results[output], theirs[0])
+
+
+def test_split_carries_codes() -> None:
+    builder = Builder()
+    data = builder.activation(builder.input("x", X8.shape), Q8)
+    builder.nodes.append(
+        onnx.helper.make_node("Split", [data, ints(builder, 1, 3)], ["a", "b"], "split", axis=1)
+    )
+    outputs = [builder.activation(name, Q8) for name in ("a", "b")]
+    feeds = {"x": (X8 - 11).astype(np.float32) * np.float32(0.0625)}
+    _, codes = Reference(load(builder.model(*outputs))).run(feeds)
+    np.testing.assert_array_equal(list(codes.values())[1], X8[:, :1])
+    np.testing.assert_array_equal(list(codes.values())[2], X8[:, 1:])
+
+
+def test_concat_of_different_scales_is_requantized_as_onnxruntime_does() -> None:
+    builder = Builder()
+    wide = TensorQuantization(0.11, 0, 16, signed=True)
+    first = builder.activation(builder.input("x", [6]), Q8)
+    second = builder.activation(builder.input("y", [6]), wide)
+    joined = builder.node("Concat", first, second, axis=0)
+    output = builder.activation(joined, TensorQuantization(0.07, 100, 8, signed=False))
+    generator = np.random.default_rng(0)
+    feeds = {name: generator.normal(0, 3, 6).astype(np.float32) for name in "xy"}
+    model = builder.model(output)
+    results, _ = Reference(load(model)).run(feeds)
+    np.testing.assert_array_equal(results[output], run_onnxruntime(model, feeds)[0])
+
+
+def test_concat_of_a_constant_and_an_activation_is_no_constant() -> None:
+    # The bound of a product of two activations comes from their types, not from one run's codes.
+    builder = Builder()
+    q = TensorQuantization(0.5, 0, 16, signed=False)
+    stored = builder.weights(np.zeros((1, 4)), np.float32(0.5), bits=16, signed=False)
+    computed = builder.activation(builder.input("x", [1, 4]), q)
+    joined = builder.node("Concat", stored, computed, axis=0)
+    other = builder.activation(builder.input("y", [3, 2]), q)
+    product = builder.node("MatMul", other, joined)
+    output = builder.activation(product, TensorQuantization(8.0, 0, 16, signed=False))
+    reference = Reference(load(builder.model(output)))
+    reference.run({"x": np.zeros((1, 4), np.float32), "y": np.zeros((3, 2), np.float32)})
+    assert list(reference.regions.values())[-1].accumulator_bits == 64  # 2 * 65535^2
+
+
+# -- float leftovers ------------------------------------------------------------------------------
+
+
+def test_one_by_one_average_pools_that_skip_are_left_to_onnxruntime() -> None:
+    # With SAME and a stride beyond the kernel the formula of ONNX gives negative padding.
+    builder = Builder()
+    data = builder.activation(builder.input("x", [1, 1, 3, 3]), Q8)
+    pool = builder.node(
+        "AveragePool", data, kernel_shape=[1, 1], strides=[3, 3], auto_pad="SAME_UPPER"
+    )
+    output = builder.activation(pool, Q8)
+    feeds = {"x": np.arange(9, dtype=np.float32).reshape(1, 1, 3, 3) * np.float32(0.5)}
+    model = builder.model(output)
+    results, _ = Reference(load(model)).run(feeds)
+    np.testing.assert_array_equal(results[output], run_onnxruntime(model, feeds)[0])
+
+
+def layer_after(builder: Builder, tensor: str, columns: int, seed: int) -> str:
+    generator = np.random.default_rng(seed)
+    q = TensorQuantization(0.02, 0, 8, signed=True)
+    weights = builder.weights(
+        generator.integers(-128, 128, (columns, columns)),
+        generator.uniform(0.001, 0.01, columns).astype(np.float32),
+        bits=8,
+        axis=1,
+    )
+    return builder.node("MatMul", builder.activation(tensor, q), weights, name=f"layer{seed}")
+
+
+@pytest.mark.parametrize("operator", ["LayerNormalization", "Softmax", "If", "Loop", "TopK"])
+def test_float_operators_between_layers(operator: str) -> None:
+    generator = np.random.default_rng(3)
+    builder = Builder()
+    first = layer_after(builder, builder.input("x", [5, 8]), 8, 1)
+    if operator == "LayerNormalization":
+        scale = builder.constant(generator.uniform(0.5, 2, 8).astype(np.float32))
+        shift = builder.constant(generator.normal(size=8).astype(np.float32))
+        between = builder.node("LayerNormalization", first, scale, shift)
+    elif operator == "Softmax":
+        between = builder.node("Softmax", first, axis=-1)
+    elif operator == "TopK":
+        builder.nodes.append(
+            onnx.helper.make_node("TopK", [first, ints(builder, 8)], ["between", "indices"], "topk")
+        )
+        between = "between"
+    elif operator == "If":
+        between = add_if(builder, first)
+    else:
+        between = add_loop(builder, first)
+    output = layer_after(builder, between, 8, 2)
+    feeds = {"x": generator.normal(0, 1, (5, 8)).astype(np.float32)}
+    model = builder.model(output, between, shape=[5, 8])
+    results, codes = Reference(load(model)).run(feeds)
+    expected = dict(zip([output, between], run_onnxruntime(model, feeds), strict=True))
+    np.testing.assert_allclose(results[between], expected[between], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(results[output], expected[output], rtol=1e-5, atol=1e-6)
+    assert len(codes) == 2
+
+
+def add_if(builder: Builder, tensor: str) -> str:
+    """``tensor`` plus 1 where its sum is positive, else twice ``tensor``; bodies capture it."""
+    one, two = scalar(builder, 1.0), scalar(builder, 2.0)
+    total = builder.node("ReduceSum", tensor, keepdims=0)
+    positive = builder.node("Greater", total, scalar(builder, 0.0))
+
+    def body(operator: str, factor: str) -> onnx.GraphProto:
+        node = onnx.helper.make_node(operator, [tensor, factor], [f"{operator}_inner"], operator)
+        value = onnx.helper.make_tensor_value_info(
+            f"{operator}_inner", onnx.TensorProto.FLOAT, [5, 8]
+        )
+        return onnx.helper.make_graph([node], operator, [], [value])
+
+    return builder.node("If", positive, then_branch=body("Add", one), else_branch=body("Mul", two))
+
+
+def add_loop(builder: Builder, tensor: str) -> str:
+    """Three times ``state = tanh(state + tensor)``; the body captures ``tensor``."""
+    info = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Identity", ["going_in"], ["going_out"], "going"),
+            onnx.helper.make_node("Add", ["state_in", tensor], ["added"], "added"),
+            onnx.helper.make_node("Tanh", ["added"], ["state_out"], "state"),
+        ],
+        "body",
+        [
+            info("count", onnx.TensorProto.INT64, []),
+            info("going_in", onnx.TensorProto.BOOL, []),
+            info("state_in", onnx.TensorProto.FLOAT, [5, 8]),
+        ],
+        [
+            info("going_out", onnx.TensorProto.BOOL, []),
+            info("state_out", onnx.TensorProto.FLOAT, [5, 8]),
+        ],
+    )
+    trips = builder.constant(np.array(3, np.int64))
+    start = builder.node("Softmax", tensor, axis=0)
+    return builder.node("Loop", trips, "", start, body=body)
+
+
+def test_errors_name_the_node() -> None:
+    builder = Builder()
+    data = builder.activation(builder.input("x", [4]), Q8)
+    output = builder.node("Reshape", data, ints(builder, 3), name="impossible")
+    model = builder.model(output, shape=[None])
+    with pytest.raises(RunError, match="Reshape 'impossible'"):
+        Reference(load(model)).run({"x": np.zeros(4, np.float32)})
+
+
+# -- accumulators, against loops over Python integers ---------------------------------------------
+
+
+@pytest.fixture
+def accumulators(monkeypatch: pytest.MonkeyPatch) -> list[Array]:
+    """What the reference requantizes, in order."""
+    seen: list[Array] = []
+    original = Requantization.apply
+
+    def apply(self: Requantization, accumulator: Array, form: Any = "float") -> Array:
+        seen.append(accumulator)
+        return original(self, accumulator, form)
+
+    monkeypatch.setattr(Requantization, "apply", apply)
+    return seen
+
+
+def naive_convolution(x: Any, w: Any, node: onnx.NodeProto) -> dict[tuple[int, ...], int]:
+    """Convolution as the ONNX standard defines it, over nested lists of Python integers."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    size, kernel = x.shape[2:], w.shape[2:]
+    rank = len(size)
+    strides, dilations = attributes["strides"], attributes["dilations"]
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    auto = attributes.get("auto_pad", b"NOTSET").decode()
+    begin = attributes.get("pads", [0] * 2 * rank)[:rank]
+    end = attributes.get("pads", [0] * 2 * rank)[rank:]
+    if auto.startswith("SAME"):
+        output = [-(-n // s) for n, s in zip(size, strides, strict=True)]
+        total = [
+            max(0, (o - 1) * s + e - n)
+            for o, s, e, n in zip(output, strides, extent, size, strict=True)
+        ]
+        begin = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in total]
+    else:
+        output = [
+            (n + b + f - e) // s + 1
+            for n, b, f, e, s in zip(size, begin, end, extent, strides, strict=True)
+        ]
+    per_group = w.shape[0] // attributes["group"]
+    sums = {}
+    for n, m, *place in np.ndindex(x.shape[0], w.shape[0], *output):
+        first = m // per_group * w.shape[1]
+        total_sum = 0
+        for c, *tap in np.ndindex(*w.shape[1:]):
+            at = [
+                p * s - b + t * d
+                for p, s, b, t, d in zip(place, strides, begin, tap, dilations, strict=True)
+            ]
+            if all(0 <= i < extent_ for i, extent_ in zip(at, size, strict=True)):
+                total_sum += int(x[(n, first + c, *at)]) * int(w[(m, c, *tap)])
+        sums[n, m, *place] = total_sum
+    return sums
+
+
+def stored(builder: Builder, tensor: str) -> tuple[Array, Array, Array]:
+    """Codes, scale and zero point of a stored tensor, by its dequantized name."""
+    (node,) = (node for node in builder.nodes if tensor in node.output)
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in builder.initializers}
+    codes, scale, zero = (arrays[name] for name in node.input)
+    return codes.astype(np.int64), scale, zero.astype(np.int64)
+
+
+def test_convolutions_add_up_as_loops_do(accumulators: list[Array]) -> None:
+    compared = 0
+    for seed in range(150):
+        builder, output, feeds = convolutions(np.random.default_rng([7, seed]))
+        (layer,) = (node for node in builder.nodes if node.op_type == "Conv")
+        x_q = next(iter(builder.quantized.values()))[1]
+        w, _, zero = stored(builder, layer.input[1])
+        if w.size * feeds["x"].size > 20_000 or len(layer.input) > 2:
+            continue
+        accumulators.clear()
+        reference = Reference(load(builder.model(output)))
+        reference.run(feeds)
+        centred = w - zero.reshape((-1, *(1,) * (w.ndim - 1)) if zero.ndim else ())
+        sums = naive_convolution(quantize(feeds["x"], x_q) - x_q.zero_point, centred, layer)
+        (found,) = accumulators
+        assert found.shape == tuple(np.max(list(sums), axis=0) + 1)
+        for index, value in sums.items():
+            assert int(found[index]) == value
+        largest = max(x_q.code_max - x_q.zero_point, x_q.zero_point - x_q.code_min)
+        bound = max(sum(abs(int(v)) for v in row.reshape(-1)) for row in centred) * largest
+        (region,) = (r for r in reference.regions.values() if r.kind == "layer")
+        assert region.accumulator_bits == (32 if bound < 2**31 else 64)
+        compared += 1
+    assert compared > 30
+
+
+def test_products_add_up_as_loops_do(accumulators: list[Array]) -> None:
+    compared = 0
+    for seed in range(120):
+        builder, output, feeds = products(np.random.default_rng([8, seed]))
+        (layer,) = (node for node in builder.nodes if node.name == "layer")
+        if any(node.name == "bias" for node in builder.nodes) or len(layer.input) > 2:
+            continue
+        accumulators.clear()
+        Reference(load(builder.model(output))).run(feeds)
+        sides = []
+        for name in layer.input[:2]:
+            if name in [data for data, _ in builder.quantized.values()]:
+                x_q = next(iter(builder.quantized.values()))[1]
+                sides.append(quantize(feeds["x"], x_q) - x_q.zero_point)
+            else:
+                codes, _, zero = stored(builder, name)
+                axis = [a.i for n in builder.nodes if name in n.output for a in n.attribute]
+                shape = [-1 if i in axis else 1 for i in range(codes.ndim)] if zero.ndim else ()
+                sides.append(codes - zero.reshape(shape))
+        for index, attribute in enumerate(layer.attribute):
+            sides[index] = sides[index].T if attribute.i else sides[index]
+        # Python integers, and the definition of matmul by einsum over the last axes.
+        left, right = (side.astype(object) for side in sides)
+        (found,) = accumulators
+        np.testing.assert_array_equal(found, naive_product(left, right))
+        compared += 1
+    assert compared > 30
+
+
+def naive_product(left: Array, right: Array) -> Array:
+    """Matrix product by loops, as numpy.matmul defines it for vectors and stacks."""
+    a = left[None] if left.ndim == 1 else left
+    b = right[:, None] if right.ndim == 1 else right
+    stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = np.broadcast_to(a, (*stack, *a.shape[-2:])), np.broadcast_to(b, (*stack, *b.shape[-2:]))
+    result = np.zeros((*stack, a.shape[-2], b.shape[-1]), object)
+    for *n, i, j in np.ndindex(*result.shape):
+        terms = [a[(*n, i, k)] * b[(*n, k, j)] for k in range(a.shape[-1])]
+        result[(*n, i, j)] = sum(terms)
+    if left.ndim == 1:
+        result = result[..., 0, :]
+    return result[..., 0] if right.ndim == 1 else result
+
+
+def test_sums_beyond_float64_are_exact(accumulators: list[Array]) -> None:
+    # 300 products of 16 and 31 bits do not fit the 53 bits of a float64.
+    generator = np.random.default_rng(5)
+    w = generator.integers(2**30, 2**31 - 1, (300, 2)) * generator.choice([-1, 1], (300, 2))
+    q = TensorQuantization(1.0, 0, 16, signed=False)
+    x = generator.integers(2**15, 2**16, (3, 300))
+    for weights_left in (False, True):
+        builder = Builder()
+        data = builder.activation(builder.input("x", x.T.shape if weights_left else x.shape), q)
+        stored_weights = builder.weights(w.T if weights_left else w, np.float32(1.0), bits=32)
+        operands = [stored_weights, data] if weights_left else [data, stored_weights]
+        output = builder.activation(
+            builder.node("MatMul", *operands), TensorQuantization(2.0**40, 0, 16, signed=True)
+        )
+        accumulators.clear()
+        feeds = {"x": (x.T if weights_left else x).astype(np.float32)}
+        reference = Reference(load(builder.model(output)), "fixed")
+        _, codes = reference.run(feeds)
+        expected = x.astype(object) @ w.astype(object)
+        expected = expected.T if weights_left else expected
+        np.testing.assert_array_equal(accumulators[0], expected)
+        assert list(reference.regions.values())[-1].accumulator_bits == 64
+        rounded = [round(Fraction(int(value), 2**40)) for value in expected.reshape(-1)]
+        assert list(codes.values())[-1].reshape(-1).tolist() == rounded
+
+
+def test_order_of_summation_does_not_matter() -> None:
+    # A float sum of these depends on it: the terms differ by up to 2^30.
+    generator = np.random.default_rng(6)
+    q = TensorQuantization(0.003, 0, 16, signed=True)
+    x = generator.integers(-(2**15), 2**15, (4, 200))
+    w = generator.integers(-(2**15), 2**15, (200, 5))
+    results = []
+    for order in (np.arange(200), generator.permutation(200), np.argsort(w[:, 0])):
+        builder = Builder()
+        data = builder.activation(builder.input("x", x.shape), q)
+        weights = builder.weights(w[order], np.float32(0.01), bits=16)
+        layer = builder.node("MatMul", data, weights)
+        output = builder.activation(layer, TensorQuantization(20.0, 0, 16, signed=True))
+        feeds = {"x": x[:, order].astype(np.float32) * np.float32(0.003)}
+        results.append(list(Reference(load(builder.model(output))).run(feeds)[1].values())[-1])
+    assert len(np.unique(results[0])) > 15
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+
+
+# -- what other tools write -----------------------------------------------------------------------
+
+
+def one_layer(builder: Builder, layer: str, x: Array, q: TensorQuantization) -> tuple[Any, Any]:
+    """Run a layer behind an 8-bit quantizer in both; return its region and the largest error."""
+    output = builder.activation(layer, TensorQuantization(0.5, 0, 8, signed=True))
+    feeds = {"x": (x - q.zero_point).astype(np.float32) * np.float32(q.scale)}
+    model = builder.model(output)
+    reference = Reference(load(model))
+    results, _ = reference.run(feeds)
+    (expected,) = run_onnxruntime(model, feeds)
+    assert np.ptp(expected) > 10.0
+    np.testing.assert_allclose(results[output], expected, atol=0.5 + 1e-6)
+    assert np.mean(results[output] == expected) >= 0.99
+    return list(reference.regions.values())[-1], results[output]
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scales_along_the_wrong_axis_are_not_taken_for_channels(axis: int, transposed: int) -> None:
+    # A square matrix: its shape does not tell rows from columns.
+    generator = np.random.default_rng(1)
+    q = TensorQuantization(0.05, 3, 8, signed=False)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [6, 16]), q)
+    weights = builder.weights(
+        generator.integers(-128, 128, (16, 16)),
+        generator.uniform(0.01, 0.1, 16).astype(np.float32),
+        bits=8,
+        axis=axis,
+    )
+    layer = builder.node("Gemm", data, weights, transB=transposed)
+    region, _ = one_layer(builder, layer, generator.integers(0, 256, (6, 16)), q)
+    assert region.kind == ("layer" if axis == 1 - transposed else "quantize")
+
+
+@pytest.mark.parametrize("trans_a", [0, 1])
+@pytest.mark.parametrize("trans_b", [0, 1])
+def test_gemm_with_weights_on_the_left(trans_a: int, trans_b: int) -> None:
+    generator = np.random.default_rng(2)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    shape = (7, 4) if trans_b else (4, 7)
+    data = builder.activation(builder.input("x", shape), q)
+    weights = builder.weights(
+        generator.integers(-128, 128, (4, 9) if trans_a else (9, 4)),
+        generator.uniform(0.01, 0.1, 9).astype(np.float32),
+        bits=8,
+        axis=1 if trans_a else 0,
+    )
+    layer = builder.node("Gemm", weights, data, transA=trans_a, transB=trans_b)
+    region, result = one_layer(builder, layer, generator.integers(-128, 128, shape), q)
+    assert (region.kind, region.accumulator_bits) == ("layer", 32)
+    assert result.shape == (9, 7)
+
+
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm", "Conv"])
+def test_both_operands_computed(operator: str) -> None:
+    generator = np.random.default_rng(3)
+    q = TensorQuantization(0.05, 0, 16, signed=True)
+    shapes = {
+        "MatMul": ((2, 3, 5), (5, 4)),
+        "Gemm": ((5, 3), (4, 5)),
+        "Conv": ((1, 2, 6), (3, 2, 3)),
+    }
+    attributes = {"Gemm": {"transA": 1, "transB": 1}}.get(operator, {})
+    builder = Builder()
+    names = [builder.input(f"x{i}", shape) for i, shape in enumerate(shapes[operator])]
+    operands = [builder.activation(name, q) for name in names]
+    layer = builder.node(operator, *operands, **attributes)
+    output = builder.activation(layer, TensorQuantization(0.01, 0, 16, signed=True))
+    feeds = {
+        name: generator.normal(0, 3, shape).astype(np.float32)
+        for name, shape in zip(names, shapes[operator], strict=True)
+    }
+    model = builder.model(output)
+    reference = Reference(load(model))
+    results, _ = reference.run(feeds)
+    (expected,) = run_onnxruntime(model, feeds)
+    np.testing.assert_allclose(results[output], expected, atol=0.01 + 1e-6)
+    region = list(reference.regions.values())[-1]
+    assert (region.kind, region.accumulator_bits) == ("layer", 64)  # 5 or 6 times 2^30
+
+
+def test_narrow_products_of_activations_take_32_bits_up_to_the_bound() -> None:
+    # 8-bit codes reach 128 * 128 = 2^14, so 2^17 terms reach 2^31.
+    for terms, bits in ((2**17 - 1, 32), (2**17, 64)):
+        builder = Builder()
+        q = TensorQuantization(1.0, 0, 8, signed=True)
+        a = builder.activation(builder.input("a", [1, terms]), q)
+        b = builder.activation(builder.input("b", [terms, 1]), q)
+        output = builder.activation(
+            builder.node("MatMul", a, b), TensorQuantization(2.0**24, 0, 8, signed=True)
+        )
+        reference = Reference(load(builder.model(output)))
+        ones = {"a": np.full((1, terms), -128.0), "b": np.full((terms, 1), -128.0)}
+        _, codes = reference.run({k: v.astype(np.float32) for k, v in ones.items()})
+        assert list(reference.regions.values())[-1].accumulator_bits == bits
+        assert list(codes.values())[-1].item() == 127  # 2^31 / 2^24 = 128
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Gemm", "Add"])
+def test_float_biases_do_not_round_to_whole_steps(kind: str) -> None:
+    # Steps of the accumulator as coarse as codes of the output: half a step would show.
+    generator = np.random.default_rng(4)
+    q = TensorQuantization(1.0, 0, 4, signed=True)
+    builder = Builder()
+    shape = [50, 3, 1] if kind == "Conv" else [50, 3]
+    x = generator.integers(-8, 8, shape)
+    data = builder.activation(builder.input("x", shape), q)
+    codes = generator.integers(-2, 2, (8, 3))
+    bias = builder.constant(generator.normal(0, 3, 8).astype(np.float32))
+    scale = np.float32(1.0)
+    if kind == "Conv":
+        weights = builder.weights(codes[..., None], scale, bits=2)
+        layer = builder.node("Conv", data, weights, bias)
+    elif kind == "Gemm":
+        layer = builder.node("Gemm", data, builder.weights(codes, scale, bits=2), bias, transB=1)
+    else:
+        layer = builder.node("MatMul", data, builder.weights(codes.T, scale, bits=2))
+        layer = builder.node("Add", bias, layer)
+    tally = Tally()
+    output = builder.activation(layer, TensorQuantization(0.002, 0, 16, signed=True))
+    regions = tally.add(builder, [output], {"x": x.astype(np.float32)})
+    assert tally.codes[True] == x.shape[0] * 8
+    assert tally.differing[True] == 0
+    assert list(regions.values())[-1].accumulator_bits == 32
+
+
+def test_computed_biases_stay_float() -> None:
+    generator = np.random.default_rng(5)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [4, 3]), q)
+    weights = builder.weights(generator.integers(-128, 128, (3, 6)), np.float32(0.1), bits=8)
+    bias = builder.node("ReduceMax", builder.node("Exp", "x"), ints(builder, 1))
+    layer = builder.node("Gemm", data, weights, bias)
+    region, _ = one_layer(builder, layer, generator.integers(-128, 128, (4, 3)), q)
+    assert region.kind == "quantize"
+
+
+def test_weights_left_in_float_before_their_quantizer() -> None:
+    generator = np.random.default_rng(6)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [4, 3, 5]), q)
+    scale = builder.constant(generator.uniform(0.01, 0.05, 6).astype(np.float32))
+    zero = builder.constant(np.zeros(6, np.int8))
+    floats = builder.constant(generator.normal(size=(6, 3, 2)).astype(np.float32))
+    codes = builder.node("QuantizeLinear", floats, scale, zero, axis=0)
+    weights = builder.node("DequantizeLinear", codes, scale, zero, axis=0)
+    layer = builder.node("Conv", data, weights)
+    region, _ = one_layer(builder, layer, generator.integers(-128, 128, (4, 3, 5)), q)
+    assert (region.kind, region.accumulator_bits) == ("layer", 32)
+
+
+def test_weights_quantized_in_blocks_stay_float() -> None:
+    generator = np.random.default_rng(7)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [5, 16]), q)
+    codes = builder.constant(generator.integers(-8, 8, (16, 6)).astype(code_type(4, signed=True)))
+    scale = builder.constant(generator.uniform(0.05, 0.3, (4, 6)).astype(np.float32))
+    zero = builder.constant(generator.integers(-3, 3, (4, 6)).astype(code_type(4, signed=True)))
+    weights = builder.node("DequantizeLinear", codes, scale, zero, axis=0, block_size=4)
+    layer = builder.node("MatMul", data, weights)
+    region, _ = one_layer(builder, layer, generator.integers(-128, 128, (5, 16)), q)
+    assert region.kind == "quantize"
+
+
+def test_codes_may_leave_the_model() -> None:
+    builder = Builder()
+    data = builder.activation(builder.input("x", [4]), Q8)
+    codes = builder.node(
+        "QuantizeLinear",
+        builder.node("Relu", data),
+        builder.constant(np.float32(0.25)),
+        builder.constant(np.uint8(7)),
+    )
+    model = builder.model(codes)
+    feeds = {"x": np.array([-1.0, 0.3, 0.5, 9.0], np.float32)}
+    results, _ = Reference(load(model)).run(feeds)
+    (expected,) = run_onnxruntime(model, feeds)
+    assert results[codes].dtype == np.uint8
+    np.testing.assert_array_equal(results[codes], expected)
+
+
+def test_vectors_make_one_code_without_axes() -> None:
+    builder = Builder()
+    q = TensorQuantization(1.0, 0, 8, signed=True)
+    a, b = (builder.activation(builder.input(name, [3]), q) for name in "ab")
+    first = builder.activation(builder.node("MatMul", a, b), q)
+    output = builder.activation(builder.node("Mul", first, first), q)
+    feeds = {name: np.array([1.0, 2.0, 3.0], np.float32) for name in "ab"}
+    results, codes = Reference(load(builder.model(output))).run(feeds)
+    assert results[output].shape == ()
+    assert [array.tolist() for array in codes.values()] == [[1, 2, 3], [1, 2, 3], 14, 127]
+
+
+# -- whole models ---------------------------------------------------------------------------------
+
+LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, Array]:
+    with np.load(LENET / "test.npz", allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def agree(comparison: Comparison) -> None:
+    """Assert what the project promises of whole models, layer by layer on equal input codes."""
+    for region in comparison.regions:
+        assert region.largest_difference <= 1, region
+        assert region.equal_share >= (0.999 if region.operand_bits <= 8 else 0.995), region
+
+
+@pytest.mark.parametrize("requantization", ["float", "fixed"])
+def test_lenet_at_all_pairs_of_bits(
+    tmp_path: Path, digits: dict[str, Array], requantization: RequantizationForm
+) -> None:
+    counts = {False: [0, 0], True: [0, 0]}
+    # The fixed form computes 16-bit layers in Python integers, which takes its time.
+    pairs = itertools.product(BITS, BITS) if requantization == "float" else [(8, 8), (2, 16)]
+    for weight_bits, activation_bits in pairs:
+        path = tmp_path / "quantized.onnx"
+        bitwright.quantize(
+            LENET / "lenet.onnx",
+            calibration=LENET / "calibration.npz",
+            precision=f"w{weight_bits}a{activation_bits}",
+            output=path,
+            overwrite=True,
+        )
+        images = {"image": digits["image"][:32]}
+        comparison = bitwright.compare(path, images, requantization=requantization)
+        agree(comparison)
+        layers = [region for region in comparison.regions if region.kind == "layer"]
+        assert [region.name for region in layers] == ["conv1", "conv2", "fc1", "fc2"]
+        for region in layers:
+            assert region.operand_bits == max(weight_bits, activation_bits)
+            count = counts[region.operand_bits > 8]
+            count[0] += region.codes
+            count[1] += region.differing_end_to_end
+    # Where each side goes on with its own codes, few more differ.
+    assert counts[False][1] <= 0.001 * counts[False][0]
+    assert counts[True][1] <= 0.005 * counts[True][0]
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a4", "w2a8", "w16a16"])
+def test_lenet_is_as_accurate_in_both_engines(
+    tmp_path: Path, digits: dict[str, Array], precision: str
+) -> None:
+    path = tmp_path / "quantized.onnx"
+    bitwright.quantize(
+        LENET / "lenet.onnx",
+        calibration=LENET / "calibration.npz",
+        precision=precision,
+        output=path,
+    )
+    assert len(digits["labels"]) == 2_000
+    engines: list[Engine] = ["onnxruntime", "reference"]
+    values = [
+        bitwright.evaluate(path, digits, engine=engine, batch_size=100).value for engine in engines
+    ]
+    assert abs(values[0] - values[1]) <= 0.001 + 1e-9
+    assert min(values) > 0.97
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "network.onnx"
+    onnx.save(residual_network(np.random.default_rng(1)).model("fc_out"), path)
+    return path
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("activation", ["QInt8", "QUInt8"])
+@pytest.mark.parametrize("name", ["lenet", "residual"])
+def test_models_quantized_by_onnxruntime(
+    tmp_path: Path,
+    digits: dict[str, Array],
+    network: Path,
+    name: str,
+    activation: str,
+    per_channel: bool,
+) -> None:
+    generator = np.random.default_rng(2)
+    if name == "lenet":
+        source, data = LENET / "lenet.onnx", {"image": digits["image"][:48].astype(np.float32)}
+    else:
+        x = generator.normal(0, 1, (48, 3, 16, 16)).astype(np.float32)
+        source, data = network, {"x": x}
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter([data])
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self._batches, None)
+
+    path = tmp_path / "quantized.onnx"
+    quantization.quantize_static(
+        source,
+        path,
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=per_channel,
+        activation_type=quantization.QuantType[activation],
+        weight_type=quantization.QuantType.QInt8,
+    )
+    comparison = bitwright.compare(path, data)
+    agree(comparison)
+    kinds = {region.name: region.kind for region in comparison.regions}
+    layers = [node.name for node in onnx.load(path).graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) >= 5
+    assert {kinds[layer] for layer in layers} == {"layer"}
+    if name == "residual":
+        assert (kinds["excite"], kinds["residual"], kinds["squeeze"]) == ("arithmetic",) * 3
+        assert "table" in kinds.values()
+    assert comparison.equal_share_end_to_end >= 0.995
