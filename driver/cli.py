@@ -40,8 +40,11 @@ _options = {"debug": False}
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C between the commands' own guards
 
+# Files are checked where they are read, which gives the better messages.
+_file_option = functools.partial(typer.Option, readable=False)
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", readable=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -181,7 +184,7 @@ def inspect(
 @_command
 def plan(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan to write (JSON).")],
+    output: Annotated[Path, _file_option("--output", "-o", help="The plan to write (JSON).")],
     precision: Annotated[
         str, typer.Option(help="Precision of all layers that --layer does not name.")
     ] = "w8a8",
@@ -220,14 +223,14 @@ def plan(
 def quantize(
     model: Model,
     calibration: Annotated[
-        Path, typer.Option(help="Samples (.npz): one array a model input, a few hundred entries.")
+        Path, _file_option(help="Samples (.npz): one array a model input, a few hundred entries.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The QDQ model to write.")],
+    output: Annotated[Path, _file_option("--output", "-o", help="The QDQ model to write.")],
     precision: Annotated[
         str | None, typer.Option(help="Precision of all layers, e.g. w8a8 or w4a16.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A precision plan (JSON) instead of --precision.")
+        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
     ] = None,
     overwrite: Overwrite = False,
     clip: Annotated[
@@ -281,7 +284,7 @@ def quantize(
 @_command
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Samples (.npz), with an array 'labels' if needed.")],
+    data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
         str, typer.Option(help="top1, top5, mse, sqnr, a plug-in, or package.module:Class.")
     ] = "top1",
@@ -293,7 +296,7 @@ def evaluate(
         Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
     ] = "float",
     against: Annotated[
-        Path | None, typer.Option(help="The float model that mse and sqnr compare with.")
+        Path | None, _file_option(help="The float model that mse and sqnr compare with.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 32,
     as_json: Json = False,
@@ -329,7 +332,7 @@ def evaluate(
 @_command
 def compare(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Samples (.npz): one array a model input.")],
+    data: Annotated[Path, _file_option(help="Samples (.npz): one array a model input.")],
     requantization: Annotated[
         Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
     ] = "float",

@@ -19,6 +19,9 @@ __all__ = [
 ]
 
 
+_LONGEST = 700  # characters of a line
+
+
 class BitwrightError(Exception):
     """Base of all errors that are meant for the user.
 
@@ -38,8 +41,14 @@ class BitwrightError(Exception):
         self.what = what
         self.where = where
         self.fix = fix
-        head = f"{where}: {what}" if where else what
-        super().__init__(f"{head}\n  {fix}" if fix else head)
+        head = _one_line(f"{where}: {what}" if where else what)
+        super().__init__(f"{head}\n  {_one_line(fix)}" if fix else head)
+
+
+def _one_line(text: str) -> str:
+    """A text as it can be shown: names come from files and may hold anything, at any length."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
 class UsageError(BitwrightError):

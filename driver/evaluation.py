@@ -170,13 +170,15 @@ def evaluate(
                 fix="name it (--against FLOAT.onnx)",
             )
         float_model = load(against)
-        names = {value.name for value in loaded.outputs}
-        if missing := [v.name for v in float_model.outputs if v.name not in names]:
-            raise ModelError(
-                f"has an output {missing[0]!r} that {loaded.source} lacks",
-                where=float_model.source,
-                fix="compare a quantized model with the float model it was made from",
-            )
+        for kind in ("input", "output"):
+            names = {value.name for value in getattr(loaded, f"{kind}s")}
+            extra = [v.name for v in getattr(float_model, f"{kind}s") if v.name not in names]
+            if extra:
+                raise ModelError(
+                    f"has an {kind} {extra[0]!r} that {loaded.source} lacks",
+                    where=float_model.source,
+                    fix="compare a quantized model with the float model it was made from",
+                )
         expected_runner = _session_runner(float_model)
     run = (
         _session_runner(loaded)

@@ -80,7 +80,12 @@ def quantized_precision(node: ir.Node) -> Precision | None:
 def _shape(value: ir.Value | None) -> tuple[Dim, ...]:
     if value is None or value.shape is None:
         return ()
-    return tuple(dim if isinstance(dim, int) else (dim.value or "?") for dim in value.shape)
+    # Shape inference numbers the sizes it does not know; that says nothing to a reader.
+    names = [str(dim if isinstance(dim, int) else dim.value or "?") for dim in value.shape]
+    return tuple(
+        dim if isinstance(dim, int) else ("?" if name.startswith("unk__") else name)
+        for dim, name in zip(value.shape, names, strict=True)
+    )
 
 
 def _number(dim: Dim) -> int | None:

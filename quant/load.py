@@ -49,10 +49,16 @@ _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 # Folding evaluates an operator once per constant; these are the ones exporters leave on weights.
 _FOLDABLE = frozenset(
-    "Abs Add Cast Concat Div Exp Flatten Gather Identity Mul Neg Pow Reciprocal Reshape Shape Slice"
-    " Split Sqrt Squeeze Sub Transpose Unsqueeze".split()
+    "Abs Add Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather Identity"
+    " Mul Neg Pow Reciprocal Reshape Shape Slice Split Sqrt Squeeze Sub Tile Transpose Unsqueeze"
+    " Where".split()
 )
 _FOLD_LIMIT = 1 << 28  # bytes that all expressions together may add to the weights
+
+_SMALL = 1024  # bytes of a tensor whose values may steer shapes
+
+# Data propagation keeps every element of every vector, about 75 bytes each.
+_MAX_VECTOR_ELEMENTS = 1 << 20
 
 # Inlining compares the names of all copies of a function; functions that call functions multiply.
 _MAX_CALLS = 2000
@@ -136,7 +142,7 @@ class Model:
 
     def to_proto(self) -> onnx.ModelProto:
         """Serialize to an ONNX protobuf, all tensors inside."""
-        return ir.to_proto(self.ir)
+        return ir.to_proto(ir.external_data.load_to_model(self.ir))
 
     def to_proto_with_outputs(self, values: Sequence[_Value]) -> onnx.ModelProto:
         """Serialize the model with other values as its outputs; the model itself stays."""
@@ -298,8 +304,9 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
     in_graph = {id(tensor) for tensor in proto.graph.initializer}
     for tensor in _tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
-            _check_external(tensor, where, base)
-            if id(tensor) not in in_graph:  # small, and the checker would look for it elsewhere
+            size = _check_external(tensor, where, base)
+            # The checker would look for tensors of nodes elsewhere; shapes depend on small ones.
+            if id(tensor) not in in_graph or size <= _SMALL:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(base))
     try:
         onnx.checker.check_model(_external_as_inputs(proto))
@@ -379,8 +386,8 @@ def _check_calls(proto: onnx.ModelProto, where: str) -> None:
             total[callee] += count * total[caller]
 
 
-def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> None:
-    """Refuse external data that are missing, too short or outside the model's folder."""
+def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> int:
+    """Refuse external data that are missing, too short or elsewhere; return how many bytes."""
     info = {entry.key: entry.value for entry in tensor.external_data}
     location = info.get("location", "")
     if base is None:
@@ -423,6 +430,11 @@ def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> 
             where=where,
             fix="copy the whole data file",
         )
+    # The length may be left out, or count what lies between two tensors; readers want it exact.
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", wanted)):
+        tensor.external_data.add(key=key, value=str(value))
+    return wanted
 
 
 def _external_as_inputs(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -476,7 +488,8 @@ def _normalize(
         model = convert_opset(model, MIN_OPSET, where)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _fix_input_shapes(model, input_shapes, where)
-    _fold_constants(model)
+    if _fold_constants(model):  # amounts of a Pad, say, that were computed
+        _infer_shapes(model, where)
     RemoveUnusedNodesPass()(model)
     _check_finite(model, where)
     return Model(model, where, structure_hash, weights_hash, tuple(notes))
@@ -658,7 +671,7 @@ def _large_initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     return {
         name: value.const_value
         for name, value in model.graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > 1024
+        if value.const_value is not None and value.const_value.nbytes > _SMALL
     }
 
 
@@ -721,7 +734,7 @@ def _fix_input_shapes(
 def _infer_shapes(model: ir.Model, where: str) -> None:
     proto = _slim_proto(model, _large_initializers(model))
     try:
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except Exception as error:
         raise ModelError(
             f"its shapes contradict each other ({_first_line(error)})",
@@ -729,8 +742,9 @@ def _infer_shapes(model: ir.Model, where: str) -> None:
             fix="export the model again; onnx.shape_inference.infer_shapes tells more",
         ) from error
     # Data propagation finds the most, but is not strict: it trips over Scan bodies that are valid.
-    inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-    found = {value.name: value for node in inferred.graph for value in node.outputs}
+    if _vector_elements(inferred) <= _MAX_VECTOR_ELEMENTS:
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    found = {value.name: value for node in ir.from_proto(inferred).graph for value in node.outputs}
     for node in model.graph:
         for value in node.outputs:
             if value.name in found:
@@ -738,10 +752,20 @@ def _infer_shapes(model: ir.Model, where: str) -> None:
                 value.type = found[value.name].type
 
 
-def _fold_constants(model: ir.Model) -> None:
-    """Replace expressions of constants (a transposed weight, say) by their value."""
+def _vector_elements(proto: onnx.ModelProto) -> int:
+    """Sum of the sizes of all one-dimensional values."""
+    total = 0
+    for holder in _holders(proto):
+        for info in (*getattr(holder, "input", ()), *holder.value_info, *holder.output):
+            dims = () if isinstance(info, str) else info.type.tensor_type.shape.dim
+            total += dims[0].dim_value if len(dims) == 1 else 0
+    return total
+
+
+def _fold_constants(model: ir.Model) -> bool:
+    """Replace expressions of constants (a transposed weight, say); say whether there were any."""
     graph = model.graph
-    grown = 0
+    grown, folded = 0, False
     for node in list(graph):
         if node.op_type not in _FOLDABLE or node.domain != "":
             continue
@@ -754,7 +778,7 @@ def _fold_constants(model: ir.Model) -> None:
         ):
             continue
         sizes = [_bytes(value) for value in node.outputs]
-        before = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        before = sum(tensor.nbytes for tensor in set(tensors) if tensor is not None)
         growth = max(sum(_FOLD_LIMIT + 1 if size is None else size for size in sizes) - before, 0)
         if grown + growth > _FOLD_LIMIT:
             continue
@@ -775,6 +799,8 @@ def _fold_constants(model: ir.Model) -> None:
             graph.register_initializer(constant)
             ir.convenience.replace_all_uses_with(value, constant)
         graph.remove(node, safe=True)
+        folded = True
+    return folded
 
 
 def _bytes(value: ir.Value) -> int | None:

@@ -47,6 +47,8 @@ class Placement:
             if len(uses) != 1 or node.outputs[0].is_graph_output():
                 continue
             follower, index = next(iter(uses))
+            if follower.graph is not self.graph:  # inside the body of an If or Loop
+                continue
             weights = constant(node.inputs[1])
             if follower.op_type != "Add" or follower.domain != "" or weights is None:
                 continue

@@ -538,17 +538,19 @@ def _with_bias(accumulator: _Accumulator, bias: _Value, behind: int = 0) -> _Acc
     largest = float(np.abs(steps).max(initial=0.0))
     if not largest < 2.0**62:  # nor where it is infinite or NaN
         return None
-    # A bias in float is seldom a whole number of steps: they become as fine as 32 bits allow.
-    fine = 0
-    whole = np.array_equal(steps, np.rint(steps))
-    while not whole and (accumulator.bound + largest + 1.0) * 2.0 ** (fine + 1) < 2.0**31:
-        fine += 1
+    # A bias in float is seldom a whole number of steps: where it is not, the steps become as fine
+    # as 32 bits allow, in each channel by itself.
+    room = 2.0**31 / (accumulator.bound + np.abs(steps) + 1.0)
+    fine = np.maximum(np.frexp(room)[1] - 1, 0).astype(np.int64)
+    if np.array_equal(steps, np.rint(steps)):
+        fine = np.zeros_like(fine)
     codes = np.rint(np.ldexp(steps, fine)).astype(np.int64)
+    bound = np.ldexp(accumulator.bound, fine) + np.abs(codes.astype(np.float64))
     return replace(
         accumulator,
         values=(accumulator.values << fine) + codes,
         scale=np.ldexp(accumulator.scale, -fine),
-        bound=math.ldexp(accumulator.bound, fine) + float(np.abs(codes).max(initial=0)),
+        bound=float(np.max(bound, initial=0.0)),
     )
 
 

@@ -63,7 +63,7 @@ class Requantization:
     @classmethod
     def between(
         cls,
-        accumulator_scale: npt.NDArray[np.float32],
+        accumulator_scale: npt.ArrayLike,
         output: TensorQuantization,
         clamp: tuple[float, float] = (-np.inf, np.inf),
     ) -> Requantization:

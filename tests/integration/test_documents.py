@@ -16,7 +16,11 @@ import pytest
 from bitwright import PrecisionPlan
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
 
 
 def blocks(document: str, language: str) -> Iterator[str]:
@@ -38,7 +42,9 @@ def workshop(tmp_path: Path) -> Path:
 
 
 def run(command: list[str] | str, folder: Path) -> None:
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    environment = dict(
+        os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     done = subprocess.run(
         command,
         shell=isinstance(command, str),

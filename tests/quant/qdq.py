@@ -44,7 +44,8 @@ def quantize(values: Array, quantization: TensorQuantization) -> Array:
     """Quantize as the ONNX standard says, in NumPy."""
     codes = np.rint(values.astype(np.float32) / np.float32(quantization.scale)).astype(np.float64)
     codes += quantization.zero_point
-    return np.clip(codes, quantization.code_min, quantization.code_max).astype(np.int64)
+    clipped: Array = np.clip(codes, quantization.code_min, quantization.code_max)
+    return clipped.astype(np.int64)
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Builder:
         self.inputs.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
         return name
 
-    def constant(self, array: Array, name: str = "constant") -> str:
+    def constant(self, array: npt.ArrayLike, name: str = "constant") -> str:
         """Add an initializer."""
         unique = f"{name}_{len(self.initializers)}"
         self.initializers.append(onnx.numpy_helper.from_array(np.asarray(array), unique))
@@ -90,17 +91,17 @@ class Builder:
     def weights(
         self,
         codes: Array,
-        scale: Array,
+        scale: npt.ArrayLike,
         *,
         bits: int,
         signed: bool = True,
         axis: int | None = None,
-        zero_point: Array | int = 0,
+        zero_point: npt.ArrayLike = 0,
     ) -> str:
         """Dequantize stored codes."""
         dtype = np.dtype(np.int32) if bits == 32 else code_type(bits, signed)
         zero = np.broadcast_to(np.asarray(zero_point), np.shape(scale)).astype(dtype)
-        attributes = {} if axis is None else {"axis": axis}
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
         return self.node(
             "DequantizeLinear",
             self.constant(codes.astype(dtype), "codes"),
@@ -151,16 +152,10 @@ def run_onnxruntime(
     return results
 
 
-def onnxruntime_codes(builder: Builder, model: onnx.ModelProto, feeds: Mapping[str, Array]) -> Any:
-    """Codes of all quantized activations as onnxruntime computes them."""
-    # onnxruntime hands out no codes below 8 bits: they are read off the dequantized values.
-    wanted = [name for name, _ in builder.quantized.values()]
-    values = run_onnxruntime(model, feeds, wanted)
-    return {
-        codes: np.rint(array.astype(np.float64) / np.float32(q.scale)).astype(np.int64)
-        + q.zero_point
-        for (codes, (_, q)), array in zip(builder.quantized.items(), values, strict=True)
-    }
+def codes_of(values: Array, quantization: TensorQuantization) -> Array:
+    """Codes of dequantized values: onnxruntime hands out no codes below 8 bits."""
+    steps: Array = np.rint(values.astype(np.float64) / np.float32(quantization.scale))
+    return np.asarray(steps.astype(np.int64) + quantization.zero_point)
 
 
 @dataclass
@@ -184,7 +179,11 @@ class Tally:
     ) -> dict[str, Region]:
         """Run a model in onnxruntime and, on equal input codes, in the reference."""
         model = builder.model(*outputs)
-        theirs = onnxruntime_codes(builder, model, feeds)
+        names = [*(name for name, _ in builder.quantized.values()), *outputs]
+        values = dict(zip(names, run_onnxruntime(model, feeds, names), strict=True))
+        theirs = {
+            codes: codes_of(values[name], q) for codes, (name, q) in builder.quantized.items()
+        }
         reference = Reference(load(model), requantization)
         results, ours = reference.run(feeds, given=theirs)
         assert list(ours) == list(theirs)
@@ -198,9 +197,9 @@ class Tally:
             if reference.regions[name].kind != "quantize":
                 self.codes[wide] += int(np.count_nonzero(inside))
                 self.differing[wide] += int(np.count_nonzero(difference))
-        for name, array in zip(outputs, run_onnxruntime(model, feeds, outputs), strict=True):
-            assert results[name].shape == array.shape
-            assert results[name].dtype == array.dtype
+        for name in outputs:
+            assert results[name].shape == values[name].shape
+            assert results[name].dtype == values[name].dtype
         return reference.regions
 
     def share(self, wide: bool) -> float:

@@ -72,7 +72,7 @@ def test_counts_are_those_of_the_formulas() -> None:
         16,
         32,
     )
-    differing = np.count_nonzero(first != first_alone)
+    differing = int(np.count_nonzero(first != first_alone))
     assert differing > 0
     assert (one.codes, one.differing, one.largest_difference) == (65536, differing, 1)
     assert one.differing_end_to_end == differing

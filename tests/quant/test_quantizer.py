@@ -45,8 +45,9 @@ class Emitted:
         return {t.name: onnx.numpy_helper.to_array(t) for t in self.model.graph.initializer}
 
     def node(self, name: str) -> onnx.NodeProto:
-        (found,) = (node for node in self.model.graph.node if node.name == name)
-        return found
+        found: list[onnx.NodeProto] = [n for n in self.model.graph.node if n.name == name]
+        (node,) = found
+        return node
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         return next((node for node in self.model.graph.node if tensor in node.output), None)
@@ -63,7 +64,7 @@ class Emitted:
         """Element type of the codes behind a tensor, for example INT4."""
         zero_point = self.source(tensor).input[2]
         (found,) = (t for t in self.model.graph.initializer if t.name == zero_point)
-        return onnx.TensorProto.DataType.Name(found.data_type)
+        return str(onnx.TensorProto.DataType.Name(found.data_type))
 
     def scale(self, tensor: str) -> Array:
         return self.constants[self.source(tensor).input[1]]
@@ -205,7 +206,7 @@ def test_scales_of_weights(tmp_path: Path, case: str, bits: int, per_channel: bo
     generator = np.random.default_rng(1)
     spread = generator.uniform(0.1, 5.0, [n if i == axis else 1 for i, n in enumerate(shape)])
     weights = (normal(generator, *shape) * spread).astype(np.float32)
-    data_shape = (
+    data_shape: tuple[int, ...] = (
         (8, 4, 5, 5) if operator == "Conv" else (8, 5, 4) if len(shape) == 2 else (8, 1, 5, 4)
     )
     if operator == "Gemm":
@@ -661,11 +662,11 @@ def random_network(generator: Generator) -> tuple[Builder, dict[str, Array]]:
     flat = builder.node(
         "Flatten", builder.node("ReduceMean", tensor, two_axes(builder), keepdims=0)
     )
-    weights = builder.constant(normal(generator, channels, 3))
+    head = builder.constant(normal(generator, channels, 3))
     if generator.random() < 0.5:
-        builder.node("Gemm", flat, weights, builder.constant(normal(generator, 3)), name="head")
+        builder.node("Gemm", flat, head, builder.constant(normal(generator, 3)), name="head")
     else:
-        builder.node("MatMul", flat, weights, name="head")
+        builder.node("MatMul", flat, head, name="head")
     return builder, data
 
 

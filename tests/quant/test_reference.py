@@ -1073,6 +1073,53 @@ def test_order_of_summation_does_not_matter() -> None:
     np.testing.assert_array_equal(results[2], results[0])
 
 
+# -- where QDQ in float32 is the less exact side -------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_ties_go_to_even_where_scales_make_them_frequent(bits: int) -> None:
+    # Averages of four codes at unchanged scale: float32 noise decides what QDQ makes of a tie.
+    q = TensorQuantization(float(np.float32(0.0371)), 0, bits, signed=False)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [1, 1, 64, 64]), q)
+    pool = builder.node("AveragePool", data, kernel_shape=[2, 2], strides=[2, 2])
+    output = builder.activation(pool, q)
+    x = np.random.default_rng(9).integers(0, 2**bits, (1, 1, 64, 64))
+    feeds = {"x": x.astype(np.float32) * np.float32(q.scale)}
+    model = builder.model(output)
+    results, codes = Reference(load(model)).run(feeds)
+    sums = x.reshape(32, 2, 32, 2).sum(axis=(1, 3))
+    assert np.mean(sums % 4 == 2) > 0.2
+    expected = [round(Fraction(int(total), 4)) for total in sums.reshape(-1)]
+    assert list(codes.values())[-1].reshape(-1).tolist() == expected
+    steps = (results[output] - run_onnxruntime(model, feeds)[0]) / q.scale
+    assert np.abs(steps).max() < 1.5
+
+
+def test_where_large_products_cancel_the_integers_are_exact() -> None:
+    # w * x - w * (x - 0 or 1): the sum is below 2^18, its terms are near 2^30.
+    generator = np.random.default_rng(10)
+    x_q = TensorQuantization(float(np.float32(0.0123)), 0, 16, signed=True)
+    half = generator.integers(2**14, 2**15, (64, 8))
+    x = np.concatenate([half, half - generator.integers(0, 2, half.shape)], axis=1)
+    w = generator.integers(2**14, 2**15, (8, 3))
+    w = np.concatenate([w, -w])
+    scale = np.float32(0.0456)
+    y_q = TensorQuantization(float(np.float32(x_q.scale) * scale * np.float32(8)), 0, 16, True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [64, 16]), x_q)
+    layer = builder.node("MatMul", data, builder.weights(w, scale, bits=16))
+    output = builder.activation(layer, y_q)
+    feeds = {"x": x.astype(np.float32) * np.float32(x_q.scale)}
+    model = builder.model(output)
+    _, codes = Reference(load(model)).run(feeds)
+    exact = [round(Fraction(int(total), 8)) for total in (x @ w).reshape(-1)]
+    assert max(exact) < 2**15
+    assert list(codes.values())[-1].reshape(-1).tolist() == exact
+    theirs = np.rint(run_onnxruntime(model, feeds)[0].astype(np.float64) / y_q.scale)
+    assert np.abs(theirs.reshape(-1) - exact).max() > 1
+
+
 # -- what other tools write -----------------------------------------------------------------------
 
 
@@ -1138,7 +1185,7 @@ def test_both_operands_computed(operator: str) -> None:
         "Gemm": ((5, 3), (4, 5)),
         "Conv": ((1, 2, 6), (3, 2, 3)),
     }
-    attributes = {"Gemm": {"transA": 1, "transB": 1}}.get(operator, {})
+    attributes: dict[str, Any] = {"transA": 1, "transB": 1} if operator == "Gemm" else {}
     builder = Builder()
     names = [builder.input(f"x{i}", shape) for i, shape in enumerate(shapes[operator])]
     operands = [builder.activation(name, q) for name in names]
@@ -1200,6 +1247,24 @@ def test_float_biases_do_not_round_to_whole_steps(kind: str) -> None:
     assert tally.codes[True] == x.shape[0] * 8
     assert tally.differing[True] == 0
     assert list(regions.values())[-1].accumulator_bits == 32
+
+
+def test_one_channel_that_is_nearly_dead_does_not_make_the_others_coarse() -> None:
+    # In steps of its tiny scale its bias exceeds 32 bits, so the whole bias is float.
+    generator = np.random.default_rng(40)
+    q = TensorQuantization(1.0, 0, 4, signed=True)
+    builder = Builder()
+    x = generator.integers(-8, 8, (50, 3))
+    data = builder.activation(builder.input("x", [50, 3]), q)
+    scale = np.array([1.0, 1e-12, 0.3, 2.0], np.float32)
+    weights = builder.weights(generator.integers(-8, 8, (3, 4)), scale, bits=4, axis=1)
+    bias = builder.constant(np.array([0.37, 1.23, -5.1, 2.72], np.float32))
+    layer = builder.node("Gemm", data, weights, bias)
+    tally = Tally()
+    output = builder.activation(layer, TensorQuantization(0.01, 0, 16, signed=True))
+    regions = tally.add(builder, [output], {"x": x.astype(np.float32)})
+    assert (tally.codes[True], tally.differing[True]) == (200, 0)
+    assert list(regions.values())[-1].accumulator_bits == 64
 
 
 def test_computed_biases_stay_float() -> None:

@@ -232,7 +232,7 @@ def run(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
 
 
 def qlinear(
-    operator: str, inputs: dict[str, Array], data: str, output: Array, **attributes: Any
+    operator: str, inputs: dict[str, Any], data: str, output: Array, **attributes: Any
 ) -> Array:
     """Run one QLinear operator; all inputs but ``data`` are initializers."""
     node = onnx.helper.make_node(operator, list(inputs), ["y"], **attributes)
