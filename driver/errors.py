@@ -16,6 +16,7 @@ __all__ = [
     "PlanError",
     "RunError",
     "UsageError",
+    "first_line",
 ]
 
 
@@ -49,6 +50,12 @@ def _one_line(text: str) -> str:
     """A text as it can be shown: names come from files and may hold anything, at any length."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error of another library, to stand inside one of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 class UsageError(BitwrightError):

@@ -11,7 +11,14 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from bitwright.errors import BitwrightError, DataError, ModelError, RunError, UsageError
+from bitwright.errors import (
+    BitwrightError,
+    DataError,
+    ModelError,
+    RunError,
+    UsageError,
+    first_line,
+)
 from bitwright.quant.compare import RegionAgreement, compare_codes
 from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.load import Model, load
@@ -203,10 +210,15 @@ def evaluate(
                 measure.update(outputs, batch.labels, expected)
         except DataError as error:  # a metric does not know the file
             raise DataError(error.what, where=error.where or samples.where, fix=error.fix) from None
+        except Exception as error:
+            raise _metric_fails(metric, error) from error
         done += batch.samples
         if progress is not None:
             progress(done, len(samples))
-    value = measure.value()
+    try:
+        value = float(measure.value())
+    except Exception as error:
+        raise _metric_fails(metric, error) from error
     if math.isnan(value):
         raise RunError(
             f"metric {metric} is not a number: outputs are infinite", where=loaded.source
@@ -223,13 +235,19 @@ def evaluate(
     )
 
 
+def _metric_fails(metric: str, error: Exception) -> RunError:
+    return RunError(
+        f"metric {metric} fails ({first_line(error)})", fix="bitwright --debug shows the traceback"
+    )
+
+
 def _session_runner(model: Model) -> _Runner:
     names = [value.name for value in model.outputs]
     try:
         session = make_session(model.to_proto(), optimize=not model.is_quantized)
     except Exception as error:  # onnxruntime raises several kinds
         raise ModelError(
-            f"onnxruntime cannot run the model ({str(error).splitlines()[0][:300]})",
+            f"onnxruntime cannot run the model ({first_line(error)})",
             where=model.source,
         ) from error
 
@@ -238,7 +256,7 @@ def _session_runner(model: Model) -> _Runner:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:
             raise RunError(
-                f"onnxruntime fails ({str(error).splitlines()[0][:300]})", where=model.source
+                f"onnxruntime fails ({first_line(error)})", where=model.source
             ) from error
 
     return run
@@ -294,7 +312,5 @@ def compare(
     except BitwrightError:
         raise
     except Exception as error:
-        raise RunError(
-            f"cannot be compared ({str(error).splitlines()[0][:300]})", where=loaded.source
-        ) from error
+        raise RunError(f"cannot be compared ({first_line(error)})", where=loaded.source) from error
     return Comparison(loaded.source, len(samples), tuple(regions))

@@ -34,7 +34,7 @@ Dim: TypeAlias = int | str
 
 LayerKind = Literal["conv", "matmul", "recurrent", "scan"]
 
-_PRECISION_TEXT = re.compile(r"w([0-9]{1,9})a([0-9]{1,9})")
+_PRECISION_TEXT = re.compile(r"w(0|[1-9][0-9]{0,8})a(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,7 @@ class Layer:
             If a number is not positive or the groups do not divide the channels.
         """
         rank = next((len(v) for v in (kernel, output, stride, dilation) if isinstance(v, tuple)), 2)
+        _numbers("channels, batch and groups", (in_channels, out_channels, batch, groups), 4)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"{groups} groups do not divide {in_channels} and {out_channels}")
         return cls(
@@ -176,7 +177,14 @@ class Layer:
     def matmul(
         cls, *, rows: int, in_features: int, out_features: int, name: str = "matmul"
     ) -> Layer:
-        """Describe a matrix product ``[rows, in_features] x [in_features, out_features]``."""
+        """Describe a matrix product ``[rows, in_features] x [in_features, out_features]``.
+
+        Raises
+        ------
+        ValueError
+            If a number is not positive.
+        """
+        _numbers("rows and features", (rows, in_features, out_features), 3)
         return cls(
             name=name,
             kind="matmul",

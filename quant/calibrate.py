@@ -17,6 +17,7 @@ __all__ = ["calibrate"]
 
 _BATCH_BYTES = 1 << 27  # watched activations of one batch, about
 _MAX_BATCH = 32
+_KEPT = (8, 64)  # fewest and most samples to hand back
 
 
 def calibrate(
@@ -25,7 +26,7 @@ def calibrate(
     samples: Samples,
     *,
     batch_size: int | None = None,
-    keep: int = 0,
+    keep: bool = False,
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Observer], list[Batch]]:
     """Observe tensors over all samples, once, one batch of activations in memory.
@@ -41,7 +42,8 @@ def calibrate(
     batch_size
         Samples a run; by default as many as keep the watched tensors below 128 MiB, 1 to 32.
     keep
-        How many samples, spread evenly over all, to hand back.
+        Whether to hand samples back: spread evenly over all, 8 to 64, as many as their watched
+        tensors stay below 128 MiB.
     progress
         Called after every batch.
 
@@ -82,17 +84,19 @@ def calibrate(
                 where=samples.where,
             ) from error
 
+    # Shapes are often symbolic all the way, so what a sample takes is measured on the first.
+    probe = next(samples.batches(1))
+    sample_bytes = max(sum(array.nbytes for array in run(probe, 0)) // probe.samples, 1)
+    affordable = _BATCH_BYTES // sample_bytes
     if batch_size is None:
-        # Shapes are often symbolic all the way, so what a sample takes is measured on the first.
-        probe = next(samples.batches(1))
-        sample_bytes = sum(array.nbytes for array in run(probe, 0)) // probe.samples
-        batch_size = int(np.clip(_BATCH_BYTES // max(sample_bytes, 1), 1, _MAX_BATCH))
-    picked = {int(index) for index in np.linspace(0, len(samples) - 1, keep)}
+        batch_size = min(max(affordable, 1), _MAX_BATCH)
+    wanted = min(max(affordable, _KEPT[0]), _KEPT[1]) if keep else 0
+    picked = {int(index) for index in np.linspace(0, len(samples) - 1, wanted)}
     kept: list[Batch] = []
     done = 0
     for batch in samples.batches(batch_size):
         rows = [index - done for index in sorted(picked) if done <= index < done + batch.samples]
-        if rows and sum(entry.samples for entry in kept) < keep:
+        if rows and sum(entry.samples for entry in kept) < wanted:
             kept.append(batch if samples.fixed_batch else _rows(batch, rows))
         results = run(batch, done)
         pairs = [*zip(names, results, strict=True), *((n, batch.inputs[n]) for n in sorted(fed))]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bitwright.errors import ModelError
 from bitwright.quant.graph import attribute, channel_axis, constant, weight_input
 from bitwright.quant.load import Model
 from bitwright.vocabulary import Dim, Layer, Precision
@@ -42,17 +41,12 @@ def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
         None.
     others
         One entry for every other operator of the main graph.
-
-    Raises
-    ------
-    ModelError
-        If the groups of a convolution do not divide its channels.
     """
     layers: list[Layer] = []
     others: list[NotLayer] = []
     for node in model.graph:
         if weight_input(node) is not None:
-            layers.append(_describe(node, model.source))
+            layers.append(_describe(node))
         else:
             others.append(NotLayer(str(node.name), node.op_type, _reason(node)))
     return tuple(layers), tuple(others)
@@ -92,7 +86,7 @@ def _number(dim: Dim) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _describe(node: ir.Node, where: str) -> Layer:
+def _describe(node: ir.Node) -> Layer:
     index = weight_input(node)
     assert index is not None
     weights, data = node.inputs[index], node.inputs[1 - index]
@@ -101,12 +95,6 @@ def _describe(node: ir.Node, where: str) -> Layer:
     if node.op_type == "Conv":
         rank = len(weight_shape) - 2
         groups = attribute(node, "group", 1)
-        if groups < 1 or weight_shape[0] % groups:  # onnx does not check it
-            raise ModelError(
-                f"{groups} groups do not divide the {weight_shape[0]} channels of Conv {node.name!r}",
-                where=where,
-                fix="export the model again",
-            )
         spatial = output_shape[2:] if output_shape else ("?",) * rank
         return Layer(
             name=str(node.name),

@@ -32,7 +32,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
-from bitwright.errors import BitwrightError, ModelError
+from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.quant.float_ops import FloatOperator
 from bitwright.vocabulary import Dim
 
@@ -171,7 +171,7 @@ class Model:
             raise
         except Exception as error:  # as in load
             raise ModelError(
-                f"cannot take the input shapes {dict(input_shapes)} ({_first_line(error)})",
+                f"cannot take the input shapes {dict(input_shapes)} ({first_line(error)})",
                 where=self.source,
             ) from error
         return Model(model, self.source, self.structure_hash, self.weights_hash, self.notes)
@@ -221,15 +221,10 @@ def load(
     except Exception as error:  # the libraries below raise many kinds for a malformed model
         logger.debug("loading %s failed", where, exc_info=True)
         raise ModelError(
-            f"not a valid ONNX model ({_first_line(error)})",
+            f"not a valid ONNX model ({first_line(error)})",
             where=where,
             fix="check that the file was written completely by an ONNX exporter",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -312,7 +307,7 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
         onnx.checker.check_model(_external_as_inputs(proto))
     except onnx.checker.ValidationError as error:
         raise ModelError(
-            f"not a valid ONNX model ({_first_line(error)})",
+            f"not a valid ONNX model ({first_line(error)})",
             where=where,
             fix="export it again; onnx.checker.check_model tells more",
         ) from error
@@ -491,6 +486,7 @@ def _normalize(
     if _fold_constants(model):  # amounts of a Pad, say, that were computed
         _infer_shapes(model, where)
     RemoveUnusedNodesPass()(model)
+    _check_convolutions(model, where)
     _check_finite(model, where)
     return Model(model, where, structure_hash, weights_hash, tuple(notes))
 
@@ -649,7 +645,7 @@ def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
     except Exception as error:
         raise ModelError(
             f"cannot be raised from operator set {model.opset_imports['']} to {version} "
-            f"({_first_line(error)})",
+            f"({first_line(error)})",
             where=where,
             fix=f"export the model with operator set {version}",
         ) from error
@@ -737,7 +733,7 @@ def _infer_shapes(model: ir.Model, where: str) -> None:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except Exception as error:
         raise ModelError(
-            f"its shapes contradict each other ({_first_line(error)})",
+            f"its shapes contradict each other ({first_line(error)})",
             where=where,
             fix="export the model again; onnx.shape_inference.infer_shapes tells more",
         ) from error
@@ -808,6 +804,32 @@ def _bytes(value: ir.Value) -> int | None:
     if value.shape is None or value.dtype is None or not value.shape.is_static():
         return None
     return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
+
+
+def _check_convolutions(model: ir.Model, where: str) -> None:
+    """Refuse weights that do not fit a convolution: onnx infers an output shape all the same."""
+    for node in model.graph:
+        if node.op_type != "Conv" or node.domain != "":
+            continue
+        data, weights, bias = [None if v is None else _dims(v.shape) for v in (*node.inputs, None)][
+            :3
+        ]
+        groups = node.attributes.get_int("group", 1)
+        if weights is None or any(not isinstance(size, int) for size in weights):
+            continue
+        fits = len(weights) > 2 and groups > 0 and weights[0] % groups == 0
+        if fits and data is not None:
+            channels = data[1] if len(data) == len(weights) else None
+            fits = not isinstance(channels, int | None) or channels == weights[1] * groups
+        if fits and bias is not None:
+            fits = len(bias) == 1 and (isinstance(bias[0], str) or bias[0] == weights[0])
+        if not fits:
+            raise ModelError(
+                f"weights of shape {weights}, bias {bias} and {groups} groups do not fit the "
+                f"input {data} of Conv {node.name!r}",
+                where=where,
+                fix="export the model again",
+            )
 
 
 def _check_finite(model: ir.Model, where: str) -> None:

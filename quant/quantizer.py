@@ -23,7 +23,7 @@ from bitwright.quant.load import Model, convert_opset
 from bitwright.quant.observers import ClipMethod, Observer, choose_quantization, expected_sqnr_db
 from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import prepare
-from bitwright.quant.refine import REFINEMENT_SAMPLES, LayerChoice, refine
+from bitwright.quant.refine import LayerChoice, refine
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
@@ -211,7 +211,7 @@ def quantize_model(
         [value for value, _ in wanted],
         samples,
         batch_size=batch_size,
-        keep=0 if clip == "minmax" else REFINEMENT_SAMPLES,
+        keep=clip != "minmax",
         progress=progress,
     )
     quantizations = {

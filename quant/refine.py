@@ -17,8 +17,8 @@ bits, on those).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +32,7 @@ from bitwright.quant.load import Model
 from bitwright.quant.observers import Observer, TensorQuantization, quantize_weights
 from bitwright.quant.samples import Batch
 
-__all__ = ["REFINEMENT_SAMPLES", "LayerChoice", "refine"]
-
-REFINEMENT_SAMPLES: Final = 8
-"""Calibration samples, spread evenly over all, that are kept for the refinement."""
+__all__ = ["LayerChoice", "refine"]
 
 # Relative to the scale that the histogram suggests; more than the calibrated range is never kept.
 _ACTIVATION_PARTS = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6, 2.0, 2.5)
@@ -61,29 +58,48 @@ class LayerChoice:
     bias_shift: npt.NDArray[np.float32] | None = None
 
 
-@dataclass(slots=True)
 class _Error:
-    """Mean, mean square and number of the output errors of one candidate, one entry a channel."""
+    """Output errors of one candidate, accumulated over samples, one entry a channel."""
 
-    mean: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
-    square: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(()))
-    count: int = 0
+    def __init__(self) -> None:
+        self.samples = 0
+        self._means: Array = np.zeros(())
+        self._squared_means: Array = np.zeros(())
+        self._squares: Array = np.zeros(())
 
-    def add(self, mean: Array, square: Array, count: int) -> None:
-        total = self.count + count
-        self.mean = (self.mean * self.count + mean.astype(np.float64) * count) / total
-        self.square = (self.square * self.count + square.astype(np.float64) * count) / total
-        self.count = total
+    def add(self, means: Array, squares: Array) -> None:
+        """Add samples: mean error and mean squared error, each [samples, channels]."""
+        self.samples += len(means)
+        self._means = self._means + means.sum(axis=0, dtype=np.float64)
+        self._squared_means = self._squared_means + np.square(means, dtype=np.float64).sum(axis=0)
+        self._squares = self._squares + squares.sum(axis=0, dtype=np.float64)
 
     @property
-    def variance(self) -> npt.NDArray[np.float64]:
-        return np.maximum(self.square - self.mean * self.mean, 0.0)
+    def mean(self) -> Array:
+        return np.asarray(self._means / self.samples)
 
     @property
-    def reliable_mean(self) -> npt.NDArray[np.float64]:
-        """The mean, shrunk towards 0 where few or scattered values say little about it."""
-        spread = self.variance / max(self.count, 1)
-        return self.mean * np.maximum(1.0 - spread / np.maximum(self.mean * self.mean, 1e-300), 0.0)
+    def mean_variance(self) -> Array:
+        """Variance of the mean, from its scatter over the samples."""
+        scatter = np.maximum(self._squared_means / self.samples - np.square(self.mean), 0.0)
+        return scatter / max(self.samples - 1, 1)
+
+    @property
+    def variance(self) -> Array:
+        """Mean squared error that is left once the mean error is taken off."""
+        return np.maximum(self._squares / self.samples - np.square(self.mean), 0.0)
+
+
+def _reliable(mean: Array, variance: Array, samples: int) -> Array:
+    """Shrink the means of a layer's channels towards 0 as far as chance explains them.
+
+    The positive-part James-Stein estimator: means that scatter as much as their own uncertainty
+    says nothing about other samples.
+    """
+    power = float(np.square(mean).sum())
+    if samples < 2 or power == 0.0:
+        return np.zeros_like(mean)
+    return mean * max(1.0 - float(variance.sum()) / power, 0.0)
 
 
 class _Probe:
@@ -105,8 +121,8 @@ class _Probe:
         self._index = index
         self._sessions: dict[bool, ort.InferenceSession] = {}
 
-    def run(self, x: Array, y: Array, parameters: Mapping[str, Array]) -> tuple[Array, Array, int]:
-        """Return mean and mean square of the error, one value a channel, and how many there were.
+    def run(self, x: Array, y: Array, parameters: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return mean error and mean squared error, each [samples, channels].
 
         ``parameters`` holds ``scale``, ``low`` and ``high`` for a quantized input, or ``w`` for
         other weights.
@@ -115,7 +131,8 @@ class _Probe:
         if quantized not in self._sessions:
             self._sessions[quantized] = self._session(x.ndim, y.ndim, quantized=quantized)
         mean, square = self._sessions[quantized].run(None, {"x": x, "y": y, **parameters})
-        return mean, square, y.size // max(mean.size, 1)
+        channels = 1 if self.axis is None else self.weights.shape[self.axis]
+        return mean.reshape(-1, channels), square.reshape(-1, channels)
 
     def _session(self, x_rank: int, y_rank: int, *, quantized: bool) -> ort.InferenceSession:
         helper, kind = onnx.helper, onnx.TensorProto.FLOAT
@@ -127,7 +144,8 @@ class _Probe:
         else:
             channels = y_rank - (1 if self._index == 1 else 2)
         # Without a channel axis (a vector of weights) all errors count as one channel.
-        reduced = [axis for axis in range(y_rank) if self.axis is None or axis != channels]
+        kept = (0,) if self.axis is None else (0, channels)
+        reduced = [axis for axis in range(y_rank) if axis not in kept]
         stored: dict[str, Array] = {"w": self.weights, "axes": np.array(reduced, np.int64)}
         bias = constant(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
         if bias is not None:
@@ -290,11 +308,12 @@ def refine(
         shift: Array = np.zeros(())
         if key in chosen:
             found = activation_errors.get((key, chosen[key].scale), {}).get(name)
-            shift = shift - (0.0 if found is None else found.reliable_mean)
-        if name in weight_candidates and weight_errors[name][0].count:
+            if found is not None:
+                shift = shift - _reliable(found.mean, found.mean_variance, found.samples)
+        if name in weight_candidates and weight_errors[name][0].samples:
             axis = probe.axis if per_channel else None
-            codes, scales, mean = _best_weights(weight_candidates[name], weight_errors[name], axis)
-            choice.weight_codes, choice.weight_scales = codes, scales
+            best = _best_weights(weight_candidates[name], weight_errors[name], axis)
+            choice.weight_codes, choice.weight_scales, mean = best
             shift = shift - mean
         if shift.ndim and np.any(shift):
             choice.bias_shift = shift.astype(np.float32)
@@ -313,19 +332,25 @@ def _best_weights(
     errors: Sequence[_Error],
     axis: int | None,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], Array]:
-    """The candidate with the least output variance, channel by channel where that is free."""
+    """Codes and scales with the least output variance, and the mean error they leave.
+
+    Each channel gets the best of its own, or all get one where there is one scale.
+    """
     variances = np.stack([error.variance for error in errors])
-    if axis is None or variances.ndim == 1:
-        index = int(np.argmin(variances.reshape(len(errors), -1).sum(axis=1)))
-        codes, scales = candidates[index]
-        return codes, scales, errors[index].reliable_mean
-    best = np.argmin(variances, axis=0)
+    best = np.argmin(
+        variances if axis is not None else variances.sum(axis=1, keepdims=True), axis=0
+    )
+    best = np.broadcast_to(best, variances.shape[1:])
     channels = np.arange(best.size)
+    mean = np.stack([error.mean for error in errors])[best, channels]
+    variance = np.stack([error.mean_variance for error in errors])[best, channels]
+    reliable = _reliable(mean, variance, errors[0].samples)
+    if axis is None:
+        return *candidates[best[0]], reliable
     scales = np.stack([entry for _, entry in candidates])[best, channels]
     stacked = np.stack([np.moveaxis(codes, axis, 0) for codes, _ in candidates])
-    codes = np.ascontiguousarray(np.moveaxis(stacked[best, channels], 0, axis))
-    mean = np.stack([error.reliable_mean for error in errors])[best, channels]
-    return codes, scales, mean
+    codes = np.moveaxis(stacked[best, channels], 0, axis)
+    return np.ascontiguousarray(codes), scales, reliable
 
 
 class _Recorder:

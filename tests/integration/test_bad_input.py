@@ -408,7 +408,7 @@ def test_model_in_memory_with_external_data_left_out() -> None:
     tensor = model.graph.initializer[0]
     tensor.data_location = TensorProto.EXTERNAL
     entry(tensor, "location", "model.data")
-    with pytest.raises(ModelError, match="lies in the external file 'model.data'"):
+    with pytest.raises(ModelError, match=r"lies in the external file 'model\.data'"):
         load(model)
 
 
@@ -1288,8 +1288,22 @@ def test_groups_that_do_not_divide_the_channels(bench: Bench, groups: int) -> No
     model.graph.node[0].attribute.append(helper.make_attribute("group", groups))
     onnx.save(model, bench.model)
     message = bench.refuse(bench.words("inspect"))
-    assert "conv1" in message
-    bench.refuse(bench.words("quantize"))
+    assert f"{groups} groups do not fit" in message
+    assert "Conv 'conv1'" in message
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [("w1", (4, 2)), ("w1", (4,)), ("w1", (4, 3, 3, 3)), ("b1", (3,)), ("b1", (1, 4))],
+)
+def test_weights_that_do_not_fit_their_convolution(
+    bench: Bench, name: str, shape: tuple[int, ...]
+) -> None:
+    model = small_model()
+    set_weight(model, name, np.ones(shape, np.float32))
+    onnx.save(model, bench.model)
+    for command in ("inspect", "quantize"):
+        assert "conv1" in bench.refuse(bench.words(command))
 
 
 def test_batch_of_zero(bench: Bench) -> None:
@@ -1488,7 +1502,7 @@ def refused_without_privileges(words: list[str], folder: Path) -> str:
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=drop_privileges,  # noqa: PLW1509 - no other threads run here
+        preexec_fn=drop_privileges,
     )
     assert done.returncode == 2
     assert done.stdout == ""
@@ -1528,7 +1542,7 @@ def test_full_disk(bench: Bench, existing: bool) -> None:
         text=True,
         timeout=120,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),  # noqa: PLW1509 - no other threads run here
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2, done.stderr
     message = checked(done.stderr)

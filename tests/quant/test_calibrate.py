@@ -56,7 +56,7 @@ def test_extremes_are_those_of_one_big_run(batch_size: int | None) -> None:
         watched(model, ["x", "c", "r"]),  # type: ignore[arg-type]
         Samples({"x": x}, model.inputs),
         batch_size=batch_size,
-        keep=5,
+        keep=True,
     )
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("c", "r"))
     c, r = make_session(proto, optimize=False).run(["c", "r"], {"x": x})
@@ -64,9 +64,9 @@ def test_extremes_are_those_of_one_big_run(batch_size: int | None) -> None:
         assert observers[name].minimum == pytest.approx(expected.min(), rel=1e-5)
         assert observers[name].maximum == pytest.approx(expected.max(), rel=1e-5)
         assert observers[name].counts.sum() == expected.size
-    assert sum(batch.samples for batch in kept) == 5
+    assert all(batch.samples <= (batch_size or 32) for batch in kept)
     rows = np.concatenate([batch.inputs["x"] for batch in kept])
-    assert np.array_equal(rows, x[np.linspace(0, 20, 5).astype(int)])
+    assert np.array_equal(rows, x)  # a small model: all 21 samples are kept, each once
     assert [value.name for value in model.graph.outputs] == ["y"]  # the model is as it was
 
 
@@ -89,10 +89,23 @@ def test_models_with_a_fixed_batch_run_in_that_batch() -> None:
         model,
         watched(model, ["r"]),  # type: ignore[arg-type]
         Samples({"x": data()}, model.inputs),
-        keep=8,
+        keep=True,
     )
     assert observers["r"].counts.sum() == 21 * 4 * 64
-    assert [batch.samples for batch in kept] == [7, 7]
+    assert [batch.samples for batch in kept] == [7, 7, 7]
+
+
+def test_samples_are_kept_from_the_whole_range() -> None:
+    model = load(small_model())
+    x = data(1000)
+    _, kept = calibrate(
+        model,
+        watched(model, ["c", "r"]),  # type: ignore[arg-type]
+        Samples({"x": x}, model.inputs),
+        keep=True,
+    )
+    rows = np.concatenate([batch.inputs["x"] for batch in kept])
+    assert np.array_equal(rows, x[np.linspace(0, 999, 64).astype(int)])
 
 
 def test_a_tensor_that_overflows_is_named() -> None:

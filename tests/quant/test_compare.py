@@ -85,6 +85,13 @@ def test_counts_do_not_depend_on_the_batch() -> None:
     assert run(batch_size=10_000) == run()
 
 
+def test_the_largest_difference_is_that_of_all_batches() -> None:
+    feeds = {"x": np.concatenate([CODES, np.zeros((9, 1))]).astype(np.float32) * np.float32(X.scale)}
+    model = two_layers()
+    _, one, _ = compare_codes(model, Samples(feeds, model.inputs), batch_size=65536)
+    assert one.largest_difference == 1  # the second batch has none
+
+
 def test_progress_counts_samples() -> None:
     seen = []
     feeds = {"x": CODES[:10].astype(np.float32)}

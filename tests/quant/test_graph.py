@@ -124,6 +124,16 @@ MOVES: dict[str, tuple[Callable[[Builder], str], bool]] = {
         ),
         False,
     ),
+    "Resize that crops": (
+        lambda b: b.node(
+            "Resize",
+            "m",
+            b.constant(np.array([0, 0, 2, 2], np.float32)),
+            b.constant(np.array([2, 2], np.float32)),
+            coordinate_transformation_mode="tf_crop_and_resize",
+        ),
+        False,
+    ),
     "Dropout": (lambda b: b.node("Dropout", "m"), True),
     "Dropout in training": (
         lambda b: b.node("Dropout", "m", small(b, 0.5), b.constant(np.array(True))),

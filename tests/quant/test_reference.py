@@ -1030,7 +1030,7 @@ def naive_product(left: Array, right: Array) -> Array:
 def test_sums_beyond_float64_are_exact(accumulators: list[Array]) -> None:
     # 300 products of 16 and 31 bits do not fit the 53 bits of a float64.
     generator = np.random.default_rng(5)
-    w = generator.integers(2**30, 2**31 - 1, (300, 2)) * generator.choice([-1, 1], (300, 2))
+    w = generator.integers(2**30, 2**31 - 1, (300, 2)) * np.array([1, -1])
     q = TensorQuantization(1.0, 0, 16, signed=False)
     x = generator.integers(2**15, 2**16, (3, 300))
     for weights_left in (False, True):
@@ -1051,6 +1051,20 @@ def test_sums_beyond_float64_are_exact(accumulators: list[Array]) -> None:
         assert list(reference.regions.values())[-1].accumulator_bits == 64
         rounded = [round(Fraction(int(value), 2**40)) for value in expected.reshape(-1)]
         assert list(codes.values())[-1].reshape(-1).tolist() == rounded
+
+
+def test_sums_of_8_bit_codes_take_32_bits() -> None:
+    q = TensorQuantization(0.7, 0, 8, signed=False)
+    builder = Builder()
+    operands = [builder.activation(builder.input(name, [1]), q) for name in "ab"]
+    output = builder.activation(
+        builder.node("Add", *operands), TensorQuantization(1.4, 0, 8, signed=False)
+    )
+    reference = Reference(load(builder.model(output)))
+    largest = np.array([255 * 0.7], np.float32)
+    _, codes = reference.run({"a": largest, "b": largest})
+    assert list(codes.values())[-1].tolist() == [255]
+    assert list(reference.regions.values())[-1].accumulator_bits == 32
 
 
 def test_order_of_summation_does_not_matter() -> None:
@@ -1265,6 +1279,19 @@ def test_one_channel_that_is_nearly_dead_does_not_make_the_others_coarse() -> No
     regions = tally.add(builder, [output], {"x": x.astype(np.float32)})
     assert (tally.codes[True], tally.differing[True]) == (200, 0)
     assert list(regions.values())[-1].accumulator_bits == 64
+
+
+def test_an_addition_behind_a_relu_is_no_bias() -> None:
+    generator = np.random.default_rng(41)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [30, 4]), q)
+    weights = builder.weights(generator.integers(-128, 128, (4, 6)), np.float32(0.1), bits=8)
+    relu = builder.node("Relu", builder.node("MatMul", data, weights))
+    shift = builder.constant(np.array([-3, -20, 5, 0, 1, 9], np.float32))
+    shifted = builder.node("Add", relu, shift)
+    region, _ = one_layer(builder, shifted, generator.integers(-128, 128, (30, 4)), q)
+    assert region.kind == "quantize"
 
 
 def test_computed_biases_stay_float() -> None:

@@ -73,6 +73,17 @@ def test_float_form_is_the_formula(
         assert code == saturate(whole(product) + output.zero_point, output)
 
 
+def test_float_form_rounds_the_accumulator_first() -> None:
+    # Of these accumulators, which have more than 24 bits, some codes tell the two roundings apart.
+    output = TensorQuantization(1.0, 0, 16, signed=True)
+    accumulators = np.random.default_rng(0).integers(2**24, 2**31, 200_000)
+    multiplier = np.float32(1.3e-5)
+    converted = np.rint(accumulators.astype(np.float32) * multiplier)
+    assert np.count_nonzero(converted != np.rint(accumulators * np.float64(multiplier))) > 100
+    found = Requantization.between(multiplier, output).apply(accumulators)
+    np.testing.assert_array_equal(found, np.minimum(converted, 32767))
+
+
 @profile(400)
 @given(st.lists(INT64, min_size=1, max_size=8), SCALES, outputs())
 def test_fixed_form_is_the_exact_product_rounded_half_to_even(
@@ -220,6 +231,12 @@ def test_quantize_float_is_quantize_linear(values: list[float], output: TensorQu
         found = quantize_float(np.array(values, np.float32), output.scale, output)
     for step, code in zip(steps.tolist(), found.tolist(), strict=True):
         assert code == saturate(whole(step) + output.zero_point, output)
+
+
+def test_quantizing_rounds_ties_to_even() -> None:
+    values = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.float32) / 8
+    odd = TensorQuantization(0.125, 1, 8, signed=True)
+    assert quantize_float(values, 0.125, odd).tolist() == [-1, -1, 1, 1, 3, 3]
 
 
 # -- onnxruntime's QLinear operators: another implementation of the same convention ---------------
