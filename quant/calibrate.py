@@ -52,7 +52,7 @@ def calibrate(
     observers
         Value name to what was observed.
     kept
-        The samples kept, in batches of the size used.
+        The samples kept, in batches of a quarter of the size used.
 
     Raises
     ------
@@ -114,7 +114,8 @@ def calibrate(
         if progress is not None:
             progress(done, len(samples))
     if kept and not samples.fixed_batch:
-        kept = _regroup(kept, batch_size)
+        # Small ones: whoever runs them records inputs and outputs of layers, and works on them.
+        kept = _regroup(kept, max(batch_size // 4, 1))
     return observers, kept
 
 

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def make_session(
-    model: onnx.ModelProto | bytes | str, *, optimize: bool, threads: int | None = None
+    model: onnx.ModelProto | bytes | str, *, optimize: bool, arena: bool = True
 ) -> ort.InferenceSession:
     """Make a CPU session.
 
@@ -33,16 +33,15 @@ def make_session(
         Whether onnxruntime may rewrite the graph. For a quantized model it may not: some of its
         fusions quantize activations on their own or change the rounding. Threads that wait sleep
         then: made to spin, those of a small session cost more to end than all of its work.
-    threads
-        Threads of one operator; None lets onnxruntime choose.
+    arena
+        Whether the session may keep the memory it used for its next run.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -286,8 +286,14 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
     """Raise ModelError unless the model is valid and its external data are all there."""
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    opset = opsets.get("", opsets.get("ai.onnx", MAX_OPSET))
+    nodes = [node for holder in _holders(proto) for node in holder.node]
+    imports = [proto, *proto.functions]
+    for entry in (*nodes, *(entry for holder in imports for entry in holder.opset_import)):
+        if (
+            entry.domain == "ai.onnx"
+        ):  # the long name of the standard domain, unknown to the checker
+            entry.domain = ""
+    opset = max((entry.version for entry in proto.opset_import if entry.domain == ""), default=0)
     if opset > MAX_OPSET:
         raise ModelError(
             f"uses operator set {opset}, newer than the installed onnx package knows ({MAX_OPSET})",
@@ -303,6 +309,14 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
             # The checker would look for tensors of nodes elsewhere; shapes depend on small ones.
             if id(tensor) not in in_graph or size <= _SMALL:
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(base))
+    # The checker wants shapes of unknown rank to be written down, which many exporters do not.
+    unknown = [
+        value.type.tensor_type
+        for value in (*proto.graph.input, *proto.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    ]
+    for tensor_type in unknown:
+        tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(_external_as_inputs(proto))
     except onnx.checker.ValidationError as error:
@@ -311,6 +325,9 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
             where=where,
             fix="export it again; onnx.checker.check_model tells more",
         ) from error
+    finally:
+        for tensor_type in unknown:
+            tensor_type.ClearField("shape")
 
 
 def _check_operators(proto: onnx.ModelProto, where: str) -> None:
@@ -405,7 +422,7 @@ def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> 
             fix="copy the data file beside the model",
         )
     # Offset and length are the file's claims; a short file would crash readers that map it.
-    wanted = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8
+    wanted: int = math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8
     try:
         offset = int(info.get("offset", 0))
         length = int(info.get("length", wanted))
@@ -468,8 +485,6 @@ def _normalize(
     model = ir.from_proto(proto)
     if base is not None:
         ir.external_data.set_base_dir(model.graph, base)
-    if "ai.onnx" in model.opset_imports:
-        model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
     model.opset_imports.setdefault("", 1)
     for function in model.functions.values():
         for node in function.all_nodes():  # else all copies would be called node_2, node_3, ...
@@ -638,6 +653,15 @@ def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
     ModelError
         If the converter cannot raise one of the operators.
     """
+    before = model.opset_imports[""]
+    for node in model.graph.all_nodes():
+        if node.domain == "" and _converted_wrongly(node, before):
+            raise ModelError(
+                f"{node.op_type} {node.name!r} cannot be raised from operator set {before}: it had "
+                "another meaning",
+                where=where,
+                fix=f"export the model with operator set {version}",
+            )
     large = _large_initializers(model)
     model.ir_version = max(model.ir_version, 10)  # before 4, initializers had to be inputs too
     try:
@@ -651,6 +675,10 @@ def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
         ) from error
     names = {value.name for value in model.graph.inputs}
     converted = ir.from_proto(proto)
+    for node in converted.graph.all_nodes():
+        if node.op_type == "Resize" and before < 11:  # what the converter leaves out
+            node.attributes.add(ir.AttrString("coordinate_transformation_mode", "asymmetric"))
+            node.attributes.add(ir.AttrString("nearest_mode", "floor"))
     for value in list(converted.graph.inputs):
         if value.name in large:
             converted.graph.inputs.remove(value)
@@ -661,6 +689,17 @@ def convert_opset(model: ir.Model, version: int, where: str) -> ir.Model:
     _name(converted)
     _infer_shapes(converted, where)
     return converted
+
+
+def _converted_wrongly(node: ir.Node, opset: int) -> bool:
+    """Whether onnx's converter would silently change what a node computes."""
+    if node.op_type == "Scan":
+        return opset < 9  # it had a batch axis
+    if node.op_type == "Hardmax" and opset < 13:  # it took all axes from this one on
+        axis = node.attributes.get_int("axis", 1)
+        rank = None if node.inputs[0] is None else len(node.inputs[0].shape or ())
+        return axis not in (-1, (rank or 0) - 1)
+    return False
 
 
 def _large_initializers(model: ir.Model) -> dict[str, ir.TensorProtocol]:
@@ -753,8 +792,8 @@ def _vector_elements(proto: onnx.ModelProto) -> int:
     total = 0
     for holder in _holders(proto):
         for info in (*getattr(holder, "input", ()), *holder.value_info, *holder.output):
-            dims = () if isinstance(info, str) else info.type.tensor_type.shape.dim
-            total += dims[0].dim_value if len(dims) == 1 else 0
+            if not isinstance(info, str) and len(info.type.tensor_type.shape.dim) == 1:
+                total += int(info.type.tensor_type.shape.dim[0].dim_value)
     return total
 
 

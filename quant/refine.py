@@ -35,10 +35,10 @@ from bitwright.quant.samples import Batch
 __all__ = ["LayerChoice", "refine"]
 
 # Relative to the scale that the histogram suggests; more than the calibrated range is never kept.
-_ACTIVATION_PARTS = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6, 2.0, 2.5)
+_ACTIVATION_PARTS = (0.65, 0.8, 1.0, 1.2, 1.45, 1.8, 2.4)
 # Relative to the largest weight of the channel.
 _WEIGHT_PARTS = {2: (0.25, 1.0), 4: (0.4, 1.0), 8: (0.6, 1.0)}
-_WEIGHT_STEPS = 7
+_WEIGHT_STEPS = 6
 
 
 @dataclass(slots=True)
@@ -134,6 +134,10 @@ class _Probe:
         channels = 1 if self.axis is None else self.weights.shape[self.axis]
         return mean.reshape(-1, channels), square.reshape(-1, channels)
 
+    def close(self) -> None:
+        """Let go of the sessions: each has threads and memory of its own."""
+        self._sessions.clear()
+
     def _session(self, x_rank: int, y_rank: int, *, quantized: bool) -> ort.InferenceSession:
         helper, kind = onnx.helper, onnx.TensorProto.FLOAT
         layer = ir.to_proto(self.node)
@@ -187,7 +191,9 @@ class _Probe:
         )
         opsets = [helper.make_opsetid("", self._opset)]
         return make_session(
-            helper.make_model(graph, opset_imports=opsets, ir_version=10), optimize=True
+            helper.make_model(graph, opset_imports=opsets, ir_version=10),
+            optimize=True,
+            arena=False,  # every layer has sessions; together their arenas would hold gigabytes
         )
 
 
@@ -294,6 +300,8 @@ def refine(
                 axis = probe.axis if per_channel else None
                 w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
                 error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
+            probe.close()
+        del values, x, y  # or the next run holds two batches of activations
 
     chosen: dict[_Key, TensorQuantization] = {}
     for key, steps in candidates.items():

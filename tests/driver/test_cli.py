@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -29,6 +29,8 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "evaluate": bitwright.evaluate,
     "compare": bitwright.compare,
 }
+Words: TypeAlias = list[str | Path]
+
 # Repeated options of the command line are one mapping of the function.
 NAMES = {"input_shape": "input_shapes", "layer": "layers"}
 
@@ -184,7 +186,15 @@ def test_json_of_inspect(capsys: pytest.CaptureFixture[str], quantized: Path) ->
 
 def test_json_of_quantize(capsys: pytest.CaptureFixture[str], few: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
-    words = ["--calibration", few, "--precision", "w2a8", "--clip", "minmax", "--asymmetric"]
+    words: Words = [
+        "--calibration",
+        few,
+        "--precision",
+        "w2a8",
+        "--clip",
+        "minmax",
+        "--asymmetric",
+    ]
     words += ["--no-per-channel", "--elementwise-bits", "8", "--batch-size", "7"]
     printed = strict(run(capsys, "quantize", MODEL, *words, "-o", output, "--json"))
     result = bitwright.quantize(
@@ -206,7 +216,16 @@ def test_json_of_quantize(capsys: pytest.CaptureFixture[str], few: Path, tmp_pat
 def test_json_of_evaluate(
     capsys: pytest.CaptureFixture[str], few: Path, quantized: Path, metric: str, engine: str
 ) -> None:
-    words = ["--data", few, "--metric", metric, "--engine", engine, "--against", MODEL]
+    words: Words = [
+        "--data",
+        few,
+        "--metric",
+        metric,
+        "--engine",
+        engine,
+        "--against",
+        MODEL,
+    ]
     words += ["--requantization", "fixed", "--batch-size", "10", "--json"]
     printed = strict(run(capsys, "evaluate", quantized, *words))
     result = bitwright.evaluate(
@@ -230,13 +249,20 @@ def test_json_of_compare(capsys: pytest.CaptureFixture[str], few: Path, quantize
 
 
 def test_infinities_are_texts_in_json(capsys: pytest.CaptureFixture[str], few: Path) -> None:
-    words = ["--data", few, "--metric", "sqnr", "--against", MODEL, "--json"]
+    words: Words = ["--data", few, "--metric", "sqnr", "--against", MODEL, "--json"]
     assert strict(run(capsys, "evaluate", MODEL, *words))["value"] == "inf"
 
 
 def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "plan.json"
-    words = ["--precision", "w4a8", "--layer", "conv1=w8a8", "--layer", "fc3=w16a16"]
+    words: Words = [
+        "--precision",
+        "w4a8",
+        "--layer",
+        "conv1=w8a8",
+        "--layer",
+        "fc3=w16a16",
+    ]
     out = run(capsys, "plan", MODEL, *words, "--elementwise-bits", "8", "-o", output)
     assert out == f"{output}: 5 layers\n"
     plan = bitwright.PrecisionPlan.from_json(output.read_text())
@@ -277,7 +303,14 @@ def test_text_of_evaluate(capsys: pytest.CaptureFixture[str], few: Path) -> None
 def test_tables_name_every_layer(
     capsys: pytest.CaptureFixture[str], few: Path, quantized: Path, tmp_path: Path
 ) -> None:
-    words = ["--calibration", few, "--precision", "w4a8", "-o", tmp_path / "q.onnx"]
+    words: Words = [
+        "--calibration",
+        few,
+        "--precision",
+        "w4a8",
+        "-o",
+        tmp_path / "q.onnx",
+    ]
     for out in (
         run(capsys, "inspect", MODEL),
         run(capsys, "inspect", quantized),

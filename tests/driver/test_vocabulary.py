@@ -151,7 +151,7 @@ def test_convolutions_that_cannot_be(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("wrong", ["rows", "in_features", "out_features"])
 def test_products_that_cannot_be(wrong: str) -> None:
-    right = {"rows": 1, "in_features": 4, "out_features": 4}
+    right: dict[str, Any] = {"rows": 1, "in_features": 4, "out_features": 4}
     with pytest.raises(ValueError, match="positive"):
         Layer.matmul(**{**right, wrong: 0})
 

@@ -216,7 +216,7 @@ def a_name(rng: random.Random, proto: onnx.ModelProto) -> str:
     """A name used in the model, mostly; else a strange one."""
     if rng.random() < 0.15:
         return rng.choice(["", "new", "x" * 300, "[red]ü\n\x00'", "../../x", "-1", "{}%s"])
-    names = [
+    names: list[str] = [
         name for node in of_type(proto, onnx.NodeProto) for name in (*node.input, *node.output)
     ]
     names += [value.name for value in of_type(proto, onnx.ValueInfoProto)]
@@ -595,7 +595,7 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
         rng.choice(GENTLE)(rng, proto)
     for _ in range(rng.choice([1, 1, 1, 2, 4]) if kind > 0.6 else 0):
         rng.choice(HARSH)(rng, proto)
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 # -- campaign ------------------------------------------------------------------------------------

@@ -149,7 +149,9 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 
 
 def weight(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    (found,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    assert isinstance(found, TensorProto)
+    return found
 
 
 def set_weight(model: onnx.ModelProto, name: str, array: Array) -> None:
@@ -472,7 +474,7 @@ def test_scales_that_cannot_be(bench: Bench, scale: float) -> None:
 
 def to_half(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
     """The model in float16 or bfloat16: weights, inputs and outputs."""
-    dtype = {TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: ml_dtypes.bfloat16}[kind]
+    dtype: Any = np.float16 if kind == TensorProto.FLOAT16 else ml_dtypes.bfloat16
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor).astype(dtype)
         tensor.CopyFrom(
@@ -551,6 +553,18 @@ def test_half_precision_inside(bench: Bench) -> None:
 # -- data ----------------------------------------------------------------------------------------
 
 
+def write_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def write_text(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    return write
+
+
 def write_npy(path: Path) -> None:
     with path.open("wb") as stream:
         np.save(stream, small_samples())
@@ -605,9 +619,9 @@ def arrays(**named: Any) -> Callable[[Path], None]:
 
 BAD_DATA: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "missing": (lambda path: path.unlink(), ["there is no such file"]),
-    "folder": (lambda path: (path.unlink(), path.mkdir())[0], ["not an .npz file"]),
-    "empty file": (lambda path: path.write_bytes(b"") and None, ["not an .npz file"]),
-    "text": (lambda path: path.write_text("1,2,3") and None, ["not an .npz file", "numpy.savez"]),
+    "folder": (write_folder, ["not an .npz file"]),
+    "empty file": (write_text(""), ["not an .npz file"]),
+    "text": (write_text("1,2,3"), ["not an .npz file", "numpy.savez"]),
     "one .npy": (write_npy, ["not an .npz file", "numpy.savez"]),
     "truncated": (write_truncated, ["not an .npz file"]),
     "damaged": (write_damaged, ["damaged", "x"]),
@@ -809,14 +823,14 @@ def test_float_model_of_other_inputs(bench: Bench) -> None:
 
 def test_output_that_is_a_sequence(bench: Bench) -> None:
     model = text_model(
-        "g (float[n, 4] x) => (seq(float[n, 4]) y) { m = MatMul (x, w)  y = SequenceConstruct (m) }",
+        "g (float[n, 4] x) => (seq(float[n, 4]) y) { m = MatMul (x, w) "
+        " y = SequenceConstruct (m) }",
         w=np.eye(4, dtype=np.float32),
     )
     bench.model.write_bytes(model.SerializeToString())
     np.savez(bench.data, x=np.ones((3, 4), np.float32), labels=np.zeros(3, np.int64))
     for engine in ("onnxruntime", "reference"):
-        metric = {"metric": "top1", "engine": engine}
-        bench.refuse(bench.words("evaluate", **metric))
+        bench.refuse(bench.words("evaluate", engine=engine))
     message = bench.refuse(bench.words("evaluate"))
     assert "output 'y' is no array of numbers" in message
 

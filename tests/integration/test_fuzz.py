@@ -29,9 +29,8 @@ def campaign(folder: Path, *options: str, seconds: int) -> dict[str, Any]:
     )
     running = folder / "running.txt"
     if running.exists():  # it did not come to its end
-        pytest.fail(
-            f"the process ended with {done.returncode} in {running.read_text()}{done.stderr[-3000:]}"
-        )
+        replay = running.read_text()
+        pytest.fail(f"the process ended with {done.returncode} in {replay}{done.stderr[-3000:]}")
     assert done.returncode == 0, done.stdout + done.stderr
     totals: dict[str, Any] = json.loads(done.stdout)
     return totals

@@ -64,7 +64,7 @@ def test_extremes_are_those_of_one_big_run(batch_size: int | None) -> None:
         assert observers[name].minimum == pytest.approx(expected.min(), rel=1e-5)
         assert observers[name].maximum == pytest.approx(expected.max(), rel=1e-5)
         assert observers[name].counts.sum() == expected.size
-    assert all(batch.samples <= (batch_size or 32) for batch in kept)
+    assert all(batch.samples <= max((batch_size or 32) // 4, 1) for batch in kept)
     rows = np.concatenate([batch.inputs["x"] for batch in kept])
     assert np.array_equal(rows, x)  # a small model: all 21 samples are kept, each once
     assert [value.name for value in model.graph.outputs] == ["y"]  # the model is as it was

@@ -16,7 +16,7 @@ from tests.quant.qdq import Array, Builder
 # Found by trying: of all int16 codes, many give quotients on different sides of a tie.
 X = TensorQuantization(float(np.float32(0.3)), 0, 16, signed=True)
 Y = TensorQuantization(float(np.float32(0.07)), 5, 16, signed=True)
-Z = TensorQuantization(float(np.float32(0.9)), 0, 8, signed=True)
+Z = TensorQuantization(float(np.float32(0.0053)), 0, 16, signed=True)
 WEIGHT_SCALE = np.float32(0.0371)
 CODES = np.arange(-32768, 32768).reshape(-1, 1)
 
@@ -77,6 +77,7 @@ def test_counts_are_those_of_the_formulas() -> None:
     assert (one.codes, one.differing, one.largest_difference) == (65536, differing, 1)
     assert one.differing_end_to_end == differing
     assert one.equal_share == 1 - differing / 65536
+    assert np.count_nonzero(same_input != second) < np.count_nonzero(second_alone != second)
     assert two.differing == np.count_nonzero(same_input != second)
     assert two.differing_end_to_end == np.count_nonzero(second_alone != second)
 
@@ -86,7 +87,9 @@ def test_counts_do_not_depend_on_the_batch() -> None:
 
 
 def test_the_largest_difference_is_that_of_all_batches() -> None:
-    feeds = {"x": np.concatenate([CODES, np.zeros((9, 1))]).astype(np.float32) * np.float32(X.scale)}
+    feeds = {
+        "x": np.concatenate([CODES, np.zeros((9, 1))]).astype(np.float32) * np.float32(X.scale)
+    }
     model = two_layers()
     _, one, _ = compare_codes(model, Samples(feeds, model.inputs), batch_size=65536)
     assert one.largest_difference == 1  # the second batch has none

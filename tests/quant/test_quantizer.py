@@ -407,6 +407,20 @@ def test_residual_network_runs_in_integers(tmp_path: Path) -> None:
         assert set(emitted.node("residual").input) <= {f"{n}_dequantized" for n in names}
 
 
+def test_functions_before_the_first_and_behind_the_last_layer_stay_float(tmp_path: Path) -> None:
+    generator = np.random.default_rng(18)
+    builder = Builder(opset=21)
+    before = builder.node("Tanh", builder.input("x", ["N", 3, 4, 4]), name="before")
+    first = conv(builder, generator, before, (3, 4), "a")
+    between = builder.node("Tanh", first, name="between")
+    output = builder.node("Tanh", conv(builder, generator, between, (4, 2), "b"), name="behind")
+    data = {"x": normal(generator, 16, 3, 4, 4)}
+    emitted = emit(tmp_path, builder, [output], data)
+    assert emitted.result.float_operators == (("before", "Tanh"), ("behind", "Tanh"))
+    assert emitted.node("before").input[0] == "x"
+    assert emitted.regions(data)["between"] == "table"
+
+
 def test_one_tensor_with_two_precisions(tmp_path: Path) -> None:
     generator = np.random.default_rng(8)
     builder = Builder(opset=21)

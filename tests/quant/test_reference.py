@@ -1027,30 +1027,31 @@ def naive_product(left: Array, right: Array) -> Array:
     return result[..., 0] if right.ndim == 1 else result
 
 
-def test_sums_beyond_float64_are_exact(accumulators: list[Array]) -> None:
+@pytest.mark.parametrize("kind", ["right", "left", "conv"])
+def test_sums_beyond_float64_are_exact(kind: str, accumulators: list[Array]) -> None:
     # 300 products of 16 and 31 bits do not fit the 53 bits of a float64.
     generator = np.random.default_rng(5)
     w = generator.integers(2**30, 2**31 - 1, (300, 2)) * np.array([1, -1])
-    q = TensorQuantization(1.0, 0, 16, signed=False)
     x = generator.integers(2**15, 2**16, (3, 300))
-    for weights_left in (False, True):
-        builder = Builder()
-        data = builder.activation(builder.input("x", x.T.shape if weights_left else x.shape), q)
-        stored_weights = builder.weights(w.T if weights_left else w, np.float32(1.0), bits=32)
-        operands = [stored_weights, data] if weights_left else [data, stored_weights]
-        output = builder.activation(
-            builder.node("MatMul", *operands), TensorQuantization(2.0**40, 0, 16, signed=True)
-        )
-        accumulators.clear()
-        feeds = {"x": (x.T if weights_left else x).astype(np.float32)}
-        reference = Reference(load(builder.model(output)), "fixed")
-        _, codes = reference.run(feeds)
-        expected = x.astype(object) @ w.astype(object)
-        expected = expected.T if weights_left else expected
-        np.testing.assert_array_equal(accumulators[0], expected)
-        assert list(reference.regions.values())[-1].accumulator_bits == 64
-        rounded = [round(Fraction(int(value), 2**40)) for value in expected.reshape(-1)]
-        assert list(codes.values())[-1].reshape(-1).tolist() == rounded
+    expected = x.astype(object) @ w.astype(object)
+    if kind == "left":
+        w, x, expected = w.T, x.T, expected.T
+    elif kind == "conv":
+        w, x, expected = w.T[:, None], x[:, None], expected[..., None]
+    q = TensorQuantization(1.0, 0, 16, signed=False)
+    builder = Builder()
+    data = builder.activation(builder.input("x", x.shape), q)
+    operands = [data, builder.weights(w, np.float32(1.0), bits=32)]
+    if kind == "left":
+        operands.reverse()
+    layer = builder.node("Conv" if kind == "conv" else "MatMul", *operands)
+    output = builder.activation(layer, TensorQuantization(2.0**40, 0, 16, signed=True))
+    reference = Reference(load(builder.model(output)), "fixed")
+    _, codes = reference.run({"x": x.astype(np.float32)})
+    np.testing.assert_array_equal(accumulators[0], expected)
+    assert list(reference.regions.values())[-1].accumulator_bits == 64
+    rounded = [round(Fraction(int(value), 2**40)) for value in expected.reshape(-1)]
+    assert list(codes.values())[-1].reshape(-1).tolist() == rounded
 
 
 def test_sums_of_8_bit_codes_take_32_bits() -> None:
@@ -1197,7 +1198,7 @@ def test_both_operands_computed(operator: str) -> None:
     shapes = {
         "MatMul": ((2, 3, 5), (5, 4)),
         "Gemm": ((5, 3), (4, 5)),
-        "Conv": ((1, 2, 6), (3, 2, 3)),
+        "Conv": ((6, 2, 1), (3, 2, 1)),
     }
     attributes: dict[str, Any] = {"transA": 1, "transB": 1} if operator == "Gemm" else {}
     builder = Builder()
@@ -1215,7 +1216,7 @@ def test_both_operands_computed(operator: str) -> None:
     (expected,) = run_onnxruntime(model, feeds)
     np.testing.assert_allclose(results[output], expected, atol=0.01 + 1e-6)
     region = list(reference.regions.values())[-1]
-    assert (region.kind, region.accumulator_bits) == ("layer", 64)  # 5 or 6 times 2^30
+    assert (region.kind, region.accumulator_bits) == ("layer", 64)  # 2 or more times 2^30
 
 
 def test_narrow_products_of_activations_take_32_bits_up_to_the_bound() -> None:
@@ -1292,6 +1293,21 @@ def test_an_addition_behind_a_relu_is_no_bias() -> None:
     shifted = builder.node("Add", relu, shift)
     region, _ = one_layer(builder, shifted, generator.integers(-128, 128, (30, 4)), q)
     assert region.kind == "quantize"
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.37, 64.0])
+def test_stored_biases_may_have_a_scale_of_their_own(factor: float) -> None:
+    generator = np.random.default_rng(42)
+    q = TensorQuantization(0.05, 0, 8, signed=True)
+    builder = Builder()
+    data = builder.activation(builder.input("x", [30, 4, 1]), q)
+    scale = generator.uniform(0.05, 0.1, 6).astype(np.float32)
+    weights = builder.weights(generator.integers(-128, 128, (6, 4, 1)), scale, bits=8, axis=0)
+    own = (np.float32(0.05) * scale * np.float32(factor)).astype(np.float32)
+    bias = builder.weights(generator.integers(-3000, 3000, 6), own, bits=32, axis=0)
+    layer = builder.node("Conv", data, weights, bias)
+    region, _ = one_layer(builder, layer, generator.integers(-128, 128, (30, 4, 1)), q)
+    assert (region.kind, region.accumulator_bits) == ("layer", 32)
 
 
 def test_computed_biases_stay_float() -> None:
