@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def make_session(
-    model: onnx.ModelProto | bytes | str, *, optimize: bool, arena: bool = True
+    model: onnx.ModelProto | bytes | str, *, optimize: bool, lean: bool = False
 ) -> ort.InferenceSession:
     """Make a CPU session.
 
@@ -33,15 +33,18 @@ def make_session(
         Whether onnxruntime may rewrite the graph. For a quantized model it may not: some of its
         fusions quantize activations on their own or change the rounding. Threads that wait sleep
         then: made to spin, those of a small session cost more to end than all of its work.
-    arena
-        Whether the session may keep the memory it used for its next run.
+    lean
+        One thread, and no memory kept for the next run: for many small sessions, which would
+        otherwise have threads and an arena each.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = arena
+    if lean:
+        options.enable_cpu_mem_arena = False
+        options.intra_op_num_threads = 1
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

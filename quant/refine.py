@@ -16,7 +16,9 @@ bits, on those).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,7 +195,7 @@ class _Probe:
         return make_session(
             helper.make_model(graph, opset_imports=opsets, ir_version=10),
             optimize=True,
-            arena=False,  # every layer has sessions; together their arenas would hold gigabytes
+            lean=True,
         )
 
 
@@ -267,6 +269,8 @@ def refine(
         limit = max(_largest_scale(observers[str(probe.data.name)], quantizations[key]), scale)
         parts = _ACTIVATION_PARTS if activations and key[1] < 16 else (1.0,)
         candidates[key] = sorted({float(np.float32(min(scale * p, limit))) for p in parts})
+        for scale in candidates[key]:
+            activation_errors.setdefault((key, scale), {})[str(probe.node.name)] = _Error()
     weight_candidates = {}
     weight_errors: dict[str, list[_Error]] = {}
     for probe in probes:
@@ -276,36 +280,41 @@ def refine(
             weight_candidates[name] = _weight_candidates(probe.weights, axis, bits)
             weight_errors[name] = [_Error() for _ in weight_candidates[name]]
 
+    def measure(probe: _Probe, x: Array, y: Array) -> None:
+        name = str(probe.node.name)
+        key = (probe.data, precisions[name].activation_bits)
+        quantization = quantizations[key]
+        low = np.array(quantization.code_min - quantization.zero_point, np.float32)
+        high = np.array(quantization.code_max - quantization.zero_point, np.float32)
+        for scale in candidates[key] if key[1] < 16 else ():
+            step = np.array(scale, np.float32)
+            error = activation_errors[key, scale][name]
+            error.add(*probe.run(x, y, {"scale": step, "low": low, "high": high}))
+        axis = probe.axis if per_channel else None
+        for (codes, scales), error in zip(
+            weight_candidates.get(name, ()), weight_errors.get(name, ()), strict=True
+        ):
+            w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
+            error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
+        probe.close()
+
     recorder = _Recorder(model, probes)
-    for batch in kept:
-        values = recorder.run(batch)
-        for probe in probes:
-            name = str(probe.node.name)
-            x, y = values[str(probe.data.name)], values[str(probe.node.outputs[0].name)]
-            if y.size == 0:
-                continue
-            key = (probe.data, precisions[name].activation_bits)
-            quantization = quantizations[key]
-            low = np.array(quantization.code_min - quantization.zero_point, np.float32)
-            high = np.array(quantization.code_max - quantization.zero_point, np.float32)
-            for scale in candidates[key] if key[1] < 16 else ():
-                result = probe.run(
-                    x, y, {"scale": np.array(scale, np.float32), "low": low, "high": high}
-                )
-                errors = activation_errors.setdefault((key, scale), {})
-                errors.setdefault(name, _Error()).add(*result)
-            for (codes, scales), error in zip(
-                weight_candidates.get(name, ()), weight_errors.get(name, ()), strict=True
-            ):
-                axis = probe.axis if per_channel else None
-                w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
-                error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
-            probe.close()
-        del values, x, y  # or the next run holds two batches of activations
+    # Layers are independent, and onnxruntime works outside Python's lock: one layer a core.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in kept:
+            values = recorder.run(batch)
+            jobs = []
+            for probe in probes:
+                x, y = values[str(probe.data.name)], values[str(probe.node.outputs[0].name)]
+                if y.size:
+                    jobs.append(pool.submit(measure, probe, x, y))
+            for job in jobs:
+                job.result()
+            del values, x, y, jobs  # or the next run holds two batches of activations
 
     chosen: dict[_Key, TensorQuantization] = {}
     for key, steps in candidates.items():
-        if key[1] < 16 and activation_errors:
+        if key[1] < 16 and kept:
             sums = [_total(activation_errors.get((key, step), {})) for step in steps]
             chosen[key] = replace(quantizations[key], scale=steps[int(np.argmin(sums))])
     choices = {}
@@ -316,7 +325,7 @@ def refine(
         shift: Array = np.zeros(())
         if key in chosen:
             found = activation_errors.get((key, chosen[key].scale), {}).get(name)
-            if found is not None:
+            if found is not None and found.samples:
                 shift = shift - _reliable(found.mean, found.mean_variance, found.samples)
         if name in weight_candidates and weight_errors[name][0].samples:
             axis = probe.axis if per_channel else None
@@ -332,7 +341,7 @@ _Key = tuple[ir.Value, int]
 
 
 def _total(errors: Mapping[str, _Error]) -> float:
-    return sum(float(error.variance.sum()) for error in errors.values())
+    return sum(float(error.variance.sum()) for error in errors.values() if error.samples)
 
 
 def _best_weights(
