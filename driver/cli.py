@@ -184,7 +184,10 @@ def inspect(
 @_command
 def plan(
     model: Model,
-    output: Annotated[Path, _file_option("--output", "-o", help="The plan to write (JSON).")],
+    output: Annotated[
+        Path | None,
+        _file_option("--output", "-o", help="The plan to write (JSON); without it, it is printed."),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Precision of all layers that --layer does not name.")
     ] = "w8a8",
@@ -216,7 +219,9 @@ def plan(
         output=output,
         overwrite=overwrite,
     )
-    typer.echo(f"{output}: {len(made.layers)} layers")
+    typer.echo(
+        made.to_json().rstrip() if output is None else f"{output}: {len(made.layers)} layers"
+    )
 
 
 @_command
@@ -257,7 +262,7 @@ def quantize(
     """Quantize a float model, every layer at a precision of its own, into a QDQ model."""
     from bitwright.quantization import quantize as run
 
-    with _progress("calibrating") as progress:
+    with _progress("calibrating, choosing scales") as progress:
         result = run(
             model,
             calibration=calibration,

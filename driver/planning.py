@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bitwright.errors import PlanError, UsageError
+from bitwright.errors import ModelError, PlanError, UsageError
 from bitwright.files import check_writable, write_atomically
 from bitwright.quant.load import Model, load
 from bitwright.quant.quantizer import fit_plan
@@ -42,11 +42,19 @@ def make_plan(
 
     Raises
     ------
+    ModelError
+        If the model cannot be loaded, or is quantized already.
     PlanError
         If a precision or a layer does not exist.
     """
     path = None if output is None else check_writable(output, overwrite=overwrite)
     loaded = load(model)
+    if loaded.is_quantized:
+        raise ModelError(
+            "is quantized already",
+            where=loaded.source,
+            fix="plan for the float model it is made from",
+        )
     uniform = fit_plan(loaded, _precision(precision))
     chosen = {**uniform.layers, **{n: _precision(p) for n, p in (layers or {}).items()}}
     plan = fit_plan(loaded, PrecisionPlan(layers=chosen, elementwise_bits=elementwise_bits))

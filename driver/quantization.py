@@ -65,7 +65,8 @@ def quantize(
     batch_size
         Samples of one calibration run; by default what keeps memory low.
     progress
-        Called with samples done and in total.
+        Called with samples done and in total; first for calibration, then, over the few samples
+        kept for it, for the choice of scales.
 
     Returns
     -------

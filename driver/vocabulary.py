@@ -81,7 +81,10 @@ class Precision:
                 fix="write it like w4a8: 4-bit weights and 8-bit activations "
                 f"(widths {', '.join(map(str, BIT_WIDTHS))})",
             )
-        return cls(weight_bits=int(match[1]), activation_bits=int(match[2]))
+        try:
+            return cls(weight_bits=int(match[1]), activation_bits=int(match[2]))
+        except PlanError as error:
+            raise PlanError(error.what, where=f"precision {text!r}", fix=error.fix) from None
 
     def __str__(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits}"

@@ -15,7 +15,7 @@ from bitwright.quant.samples import Batch, ProgressCallback, Samples
 
 __all__ = ["calibrate"]
 
-_BATCH_BYTES = 1 << 27  # watched activations of one batch, about
+_BATCH_BYTES = 192 << 20  # watched activations of one batch, about
 _MAX_BATCH = 32
 _KEPT = (8, 64)  # fewest and most samples to hand back
 
@@ -40,10 +40,10 @@ def calibrate(
     samples
         The calibration data.
     batch_size
-        Samples a run; by default as many as keep the watched tensors below 128 MiB, 1 to 32.
+        Samples a run; by default as many as keep the watched tensors below 192 MiB, 1 to 32.
     keep
         Whether to hand samples back: spread evenly over all, 8 to 64, as many as their watched
-        tensors stay below 128 MiB.
+        tensors stay below 192 MiB.
     progress
         Called after every batch.
 
@@ -57,7 +57,9 @@ def calibrate(
     Raises
     ------
     DataError
-        If the data do not fit, or a tensor becomes NaN or infinite (named with its producer).
+        If the data do not fit.
+    RunError
+        If a tensor becomes NaN or infinite; it is named.
     """
     watched = list(dict.fromkeys(values))
     observers = {str(value.name): Observer() for value in watched}

@@ -165,7 +165,8 @@ class Emitter:
             if node not in self._placement.layers
             and node not in self._integer
             and node.op_type not in quantizers
-            and not (self._on_integer_path(node))
+            and not self._on_integer_path(node)
+            and any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
         ]
 
     def _on_integer_path(self, node: ir.Node) -> bool:
@@ -192,7 +193,8 @@ class Emitter:
         return [entry for operand in operands for entry in self._tables_behind(operand)]
 
     def _chain(self, value: ir.Value, root: ir.Value) -> list[ir.Node]:
-        pending, nodes = [value], dict.fromkeys(())  # type: ignore[var-annotated]
+        pending: list[ir.Value] = [value]
+        nodes: dict[ir.Node, None] = {}
         while pending:
             current = pending.pop()
             node = current.producer()
@@ -343,12 +345,17 @@ class Emitter:
         codes, scales = choice.weight_codes, choice.weight_scales
         if codes is None or scales is None:
             codes, scales = quantize_weights(weights, precision.weight_bits, axis=axis)
+        if axis is not None and precision.activation_bits <= 8:
+            bias = self._bias_values(node, choice.bias_shift)
+            codes, scales = _fit_bias(
+                weights, codes, scales, axis, precision.weight_bits, entry.quantization.scale, bias
+            )
         node.replace_input_with(1 - index, self._place(data, entry.quantization))
         dtype = _code_dtype(TensorQuantization(1.0, 0, precision.weight_bits, signed=True))
         stored = self._stored(node, f"{name}.weight_codes", codes.astype(dtype), scales, axis)
         node.replace_input_with(index, stored)
         product = np.float32(entry.quantization.scale) * scales
-        bias = self._bias(node, product, choice.bias_shift)
+        kept = self._bias(node, product, choice.bias_shift)
         rows = np.moveaxis(weights, axis or 0, 0).reshape(scales.size, -1).astype(np.float64)
         code_rows = np.moveaxis(codes, axis or 0, 0).reshape(scales.size, -1)
         limits = scales.reshape(-1).astype(np.float64) * ((1 << (precision.weight_bits - 1)) - 1)
@@ -362,8 +369,19 @@ class Emitter:
             float(np.minimum(limits / peaks, 1.0).mean()),
             weights.size,
             -(-precision.weight_bits * weights.size // 8),
-            bias,
+            kept,
         )
+
+    def _bias_values(self, node: ir.Node, shift: Array | None) -> Array | None:
+        """The bias that a layer will have, one value an output channel; None without one."""
+        values = [constant(value) for value in node.inputs[2:3]]
+        for addition, layer in self._placement.biases.items():
+            if layer is node:
+                values = [constant(value) for value in addition.inputs]
+        bias = next((array for array in values if array is not None), None)
+        if bias is None:
+            return shift
+        return bias.reshape(-1) + (0.0 if shift is None else shift)
 
     def _bias(self, node: ir.Node, scale: npt.NDArray[np.float32], shift: Array | None) -> str:
         """Quantize the bias of a layer at the accumulator's scale where int32 can hold it."""
@@ -402,3 +420,31 @@ def _sqnr_db(signal: Array, approximation: Array) -> float:
     if error == 0.0:
         return math.inf
     return 10.0 * math.log10(power / error) if power > 0.0 else -math.inf
+
+
+def _fit_bias(
+    weights: Array,
+    codes: Array,
+    scales: npt.NDArray[np.float32],
+    axis: int,
+    bits: int,
+    activation_scale: float,
+    bias: Array | None,
+) -> tuple[Array, npt.NDArray[np.float32]]:
+    """Raise the scales of channels whose weights are nothing beside their bias.
+
+    In steps of such a tiny scale the bias would exceed int32, and one channel would keep the whole
+    bias in float. With 2^30 steps to the bias, rounding the weights costs 2^-31 of it for each.
+    """
+    if bias is None or bias.size != scales.size:
+        return codes, scales
+    least = np.abs(bias.astype(np.float64)) / (activation_scale * 2.0**30)
+    raised = np.maximum(scales, least.astype(np.float32))
+    if np.array_equal(raised, scales):
+        return codes, scales
+    shape = [1] * weights.ndim
+    shape[axis] = -1
+    limit = 1 << (bits - 1)
+    coarse = np.clip(np.rint(weights / raised.reshape(shape)), -limit, limit - 1)
+    changed = (raised > scales).reshape(shape)
+    return np.where(changed, coarse, codes).astype(codes.dtype), raised

@@ -19,6 +19,12 @@ __all__ = ["Array", "FloatOperator", "captured_values", "make_session"]
 
 Array = npt.NDArray[Any]
 
+# Worth threads of their own. A model has hundreds of other operators, and a machine perhaps as many
+# processors: each would start as many threads.
+_PARALLEL = frozenset(
+    "Attention Conv ConvTranspose Einsum GRU Gemm If LSTM Loop MatMul RNN Scan".split()
+)
+
 
 def make_session(
     model: onnx.ModelProto | bytes | str, *, optimize: bool, lean: bool = False
@@ -89,10 +95,10 @@ class FloatOperator:
         # Names are replaced: one value may stand twice among the inputs, outputs may be nameless.
         del self._node.input[:], self._node.output[:]
         self._node.input.extend(
-            "" if value is None else f"input_{i}" for i, value in enumerate(node.inputs)
+            "" if value is None else f"bitwright.input_{i}" for i, value in enumerate(node.inputs)
         )
         self._outputs = [
-            f"output_{i}" if value.name else "" for i, value in enumerate(node.outputs)
+            f"bitwright.output_{i}" if value.name else "" for i, value in enumerate(node.outputs)
         ]
         self._node.output.extend(self._outputs)
         self._opsets = [
@@ -137,6 +143,8 @@ class FloatOperator:
                 [onnx.ValueInfoProto(name=name) for name in self._outputs if name],
             )
             model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=10)
-            session = self._sessions[key] = make_session(model, optimize=False)
+            lean = self._node.op_type not in _PARALLEL
+            session = make_session(model, optimize=False, lean=lean)
+            self._sessions[key] = session
         results: list[Array] = session.run(None, feed)
         return results

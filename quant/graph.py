@@ -25,6 +25,7 @@ __all__ = [
     "elementwise_roots",
     "is_arithmetic",
     "is_clamp",
+    "is_elementwise",
     "is_move",
     "weight_input",
 ]
@@ -154,6 +155,11 @@ def is_arithmetic(node: ir.Node) -> bool:
     if node.op_type in ("ReduceMean", "ReduceSum"):
         return len(node.inputs) < 2 or node.inputs[1] is None or _is_constant(node.inputs[1])
     return node.op_type in _AVERAGES
+
+
+def is_elementwise(node: ir.Node) -> bool:
+    """Whether the operator maps values one by one (with scalars where it takes two)."""
+    return node.domain == "" and node.op_type in _UNARY | _BINARY
 
 
 def _is_scalar(value: ir.Value | None, rank: int) -> bool:

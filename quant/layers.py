@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bitwright.quant.graph import attribute, channel_axis, constant, weight_input
+from bitwright.quant.graph import (
+    attribute,
+    channel_axis,
+    constant,
+    is_arithmetic,
+    is_clamp,
+    is_elementwise,
+    is_move,
+    weight_input,
+)
 from bitwright.quant.load import Model
 from bitwright.vocabulary import Dim, Layer, Precision
 
@@ -142,4 +151,21 @@ def _reason(node: ir.Node) -> str:
         return f"{node.op_type} is not lowered to integers: its weights stay float"
     if any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()):
         return "control flow: layers inside its bodies stay float"
-    return "no product with constant weights"
+    return _role(node)
+
+
+def _role(node: ir.Node) -> str:
+    """What an operator without weights becomes where it stands between layers."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return "quantizer"
+    if not node.outputs or node.outputs[0].dtype not in (ir.DataType.FLOAT, None):
+        return "computes no floats: shapes, indices or masks"
+    if is_move(node):
+        return "carries values: works on codes as they are"
+    if is_clamp(node):
+        return "cuts a range: bounds of the codes before it"
+    if is_arithmetic(node):
+        return "no weights: integer arithmetic between layers"
+    if is_elementwise(node):
+        return "no weights: a table over codes between layers"
+    return "no weights: stays float"

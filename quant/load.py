@@ -63,6 +63,7 @@ _MAX_VECTOR_ELEMENTS = 1 << 20
 # Inlining compares the names of all copies of a function; functions that call functions multiply.
 _MAX_CALLS = 2000
 
+_LARGEST = 2.0**100  # magnitude of weights whose products stay in float32 for all usual inputs
 _MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
 
 # Attributes that name an element type.
@@ -878,22 +879,27 @@ def _check_finite(model: ir.Model, where: str) -> None:
         if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
             continue
         array = tensor.numpy()
+        low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
         users = ", ".join(str(use.node.name) for use in value.uses()) or "nothing"
-        with np.errstate(invalid="ignore"):  # the sum of both infinities
-            finite = np.isfinite(array.sum(dtype=np.float64))  # cheap: no array of booleans
-        if not finite:
-            multiplies = any(use.node.op_type in _MULTIPLY for use in value.uses())
-            if np.isnan(array).any() or (multiplies and not np.isfinite(array).all()):
-                raise ModelError(
-                    f"weight {name!r} (used by {users}) holds NaN or infinite values",
-                    where=where,
-                    fix="the training diverged or the file is damaged; export a healthy checkpoint",
-                )
+        multiplies = any(use.node.op_type in _MULTIPLY for use in value.uses())
+        largest = max(-low, high)
+        if math.isnan(largest) or (multiplies and largest == math.inf):
+            raise ModelError(
+                f"weight {name!r} (used by {users}) holds NaN or infinite values",
+                where=where,
+                fix="the training diverged or the file is damaged; export a healthy checkpoint",
+            )
+        if multiplies and largest > _LARGEST:
+            raise ModelError(
+                f"weight {name!r} (used by {users}) holds {largest:g}, whose products overflow",
+                where=where,
+                fix="the training diverged or the file is damaged; export a healthy checkpoint",
+            )
         for node, index in value.uses():
             if index == 1 and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 # A scale of 0 divides by zero; behind codes it only makes a channel of zeros.
-                low = array.min(initial=np.inf)
-                if not finite or low < 0 or (low == 0 and node.op_type == "QuantizeLinear"):
+                empty = node.op_type == "QuantizeLinear" and not array.all()
+                if low < 0 or empty or largest == math.inf:
                     raise ModelError(
                         f"scale {name!r} of {node.op_type} {node.name!r} is not a positive number",
                         where=where,

@@ -23,6 +23,7 @@ __all__ = [
     "choose_quantization",
     "expected_sqnr_db",
     "quantize_weights",
+    "squared_error",
 ]
 
 ClipMethod = Literal["mmse", "percentile", "minmax"]
@@ -133,7 +134,9 @@ class Observer:
         # One pass in float32; the bin of a value is exact up to its own rounding.
         bins = flat * np.float32(BINS / 2 / self.limit)
         bins += np.float32(BINS / 2)
-        self.counts += np.bincount(bins.astype(np.int32), minlength=BINS)[:BINS]
+        # Just below the limit the sum rounds up to the first bin beyond.
+        indices = np.minimum(bins.astype(np.int32), BINS - 1)
+        self.counts += np.bincount(indices, minlength=BINS)
 
     def _widen(self, magnitude: float) -> None:
         limit = 2.0 ** (math.floor(math.log2(magnitude)) + 1)
@@ -184,7 +187,7 @@ def _stride(size: int, limit: int) -> int:
     return step
 
 
-def _squared_error(
+def squared_error(
     observer: Observer,
     scales: npt.NDArray[np.float64],
     zero_points: npt.NDArray[np.float64],
@@ -194,7 +197,6 @@ def _squared_error(
     """Expected sum of squared quantization errors of the histogram, one a candidate."""
     used = np.flatnonzero(observer.counts)
     centers, counts = observer.centers()[used], observer.counts[used].astype(np.float64)
-    # Chunks keep the candidates x bins array in the cache.
     errors = np.empty(len(scales))
     for i, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
         codes = np.rint(centers / scale) + zero_point
@@ -212,7 +214,7 @@ def _squared_error(
 
 def expected_sqnr_db(observer: Observer, quantization: TensorQuantization) -> float:
     """Signal to quantization noise ratio of the calibrated values in dB, from the histogram."""
-    error = _squared_error(
+    error = squared_error(
         observer,
         np.array([quantization.scale]),
         np.array([float(quantization.zero_point)]),
@@ -282,7 +284,7 @@ def choose_quantization(
         threshold = min(observer.percentile(percentile), max(high, -low))
     else:
         candidates = peak * _CANDIDATES
-        errors = _squared_error(
+        errors = squared_error(
             observer,
             candidates / probe.code_max,
             np.zeros(len(candidates)),
@@ -319,7 +321,7 @@ def _choose_asymmetric(
     ends = [(low * part, high * part) for part in _CANDIDATES]
     for _ in range(3):
         candidates = [pack(*end) for end in ends]
-        errors = _squared_error(
+        errors = squared_error(
             observer,
             np.array([entry.scale for entry in candidates]),
             np.array([float(entry.zero_point) for entry in candidates]),

@@ -129,6 +129,14 @@ class Placement:
             pending.extend(self.operands(node))
         return None if clamps_only else root
 
+    def has_bias(self, node: ir.Node) -> bool:
+        """Whether a layer has, or can be given, a constant bias that can be shifted."""
+        if node.op_type == "MatMul":
+            return node in self.biases.values()
+        return (
+            len(node.inputs) < 3 or node.inputs[2] is None or constant(node.inputs[2]) is not None
+        )
+
     def is_integer_arithmetic(self, node: ir.Node) -> bool:
         """Whether a node adds, multiplies or averages activations between layers."""
         return (

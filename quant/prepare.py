@@ -1,7 +1,7 @@
 """Bring a float model into the form that quantizes well, without changing what it computes.
 
-1. BatchNormalization, Mul, Add, Sub and Div by constants, one a channel, directly after a Conv
-   move into its weights and bias.
+1. BatchNormalization, Mul, Add, Sub and Div by constants, one a channel, directly after a Conv or
+   Gemm move into its weights and bias. Any other BatchNormalization becomes a Mul and an Add.
 2. ``alpha`` and ``beta`` of a Gemm move into its weights and bias; a bias that differs from row to
    row becomes an Add of its own.
 
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.quant.float_ops import Array
-from bitwright.quant.graph import attribute, constant, weight_input
+from bitwright.quant.graph import attribute, channel_axis, constant, weight_input
 from bitwright.quant.load import Model
 
 __all__ = ["add_initializer", "prepare"]
@@ -57,9 +57,12 @@ def prepare(model: Model) -> None:
             continue
         if node.op_type == "Gemm":
             _plain_gemm(model.graph, node)
-        elif node.op_type == "Conv":
+        if node.op_type in ("Conv", "Gemm"):
             while _fold_follower(model.graph, node):
                 pass
+    for node in list(model.graph):
+        if node.op_type == "BatchNormalization":
+            _spell_out(model.graph, node)
 
 
 def _set_weights(graph: ir.Graph, node: ir.Node, weights: Array, bias: Array | None) -> None:
@@ -121,7 +124,7 @@ def _replace_everywhere(old: ir.Value, new: ir.Value) -> None:
 
 
 def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
-    """Fold the operator after a Conv into it; return whether there was one to fold."""
+    """Fold the operator after a layer into it; return whether there was one to fold."""
     output = node.outputs[0]
     uses = output.uses()
     if output.is_graph_output() or len(uses) != 1:
@@ -134,14 +137,17 @@ def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
     bias = constant(node.inputs[2]) if has_bias else None
     if weights is None or weights.dtype != np.float32 or (has_bias and bias is None):
         return False
-    channels = weights.shape[0]
+    axis = channel_axis(node, weights.ndim)
+    assert axis is not None
+    channels = weights.shape[axis]
     affine = _affine(follower, index, channels, weights.ndim)
     if affine is None:
         return False
+    along = [-1 if i == axis else 1 for i in range(weights.ndim)]
     # In float64, so that folding rounds once.
     factor, offset = affine
     with np.errstate(over="ignore", invalid="ignore"):
-        folded = (weights * factor.reshape(-1, *[1] * (weights.ndim - 1))).astype(np.float32)
+        folded = (weights * factor.reshape(along)).astype(np.float32)
         moved = ((0.0 if bias is None else bias.astype(np.float64)) * factor + offset).astype(
             np.float32
         )
@@ -153,6 +159,33 @@ def _fold_follower(graph: ir.Graph, node: ir.Node) -> bool:
     output.shape = last.shape
     graph.remove(follower, safe=True)
     return True
+
+
+def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
+    """Replace a BatchNormalization that no layer took by a Mul and an Add, which can be integer."""
+    output = node.outputs[0]
+    gamma = constant(node.inputs[1])
+    rank = 0 if output.shape is None else len(output.shape)
+    affine = None if gamma is None else _affine(node, 0, gamma.size, rank)
+    if affine is None or rank < 2 or output.dtype != ir.DataType.FLOAT:
+        return
+    shape = [-1 if axis == 1 else 1 for axis in range(rank)]
+    arrays = [entry.reshape(shape).astype(np.float32) for entry in affine]
+    if not all(np.isfinite(array).all() for array in arrays):
+        return
+    factor, offset = (
+        add_initializer(graph, f"{node.name}.{word}", array)
+        for word, array in zip(("factor", "offset"), arrays, strict=True)
+    )
+    product = ir.node("Mul", [node.inputs[0], factor], name=f"{node.name}.mul")
+    product.outputs[0].name = f"{output.name}.product"
+    addition = ir.node("Add", [product.outputs[0], offset], name=f"{node.name}.add")
+    addition.outputs[0].name = f"{output.name}.sum"
+    for value in (product.outputs[0], addition.outputs[0]):
+        value.type, value.shape = output.type, output.shape
+    graph.insert_after(node, [product, addition])
+    _replace_everywhere(output, addition.outputs[0])
+    graph.remove(node, safe=True)
 
 
 def _affine(node: ir.Node, index: int, channels: int, rank: int) -> tuple[Array, Array] | None:

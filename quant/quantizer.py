@@ -228,13 +228,14 @@ def quantize_model(
     if clip != "minmax":
         refined, choices = refine(
             model,
-            [node for node in model.graph if node in placement.layers],
+            {n: placement.has_bias(n) for n in model.graph if n in placement.layers},
             quantizations,
             observers,
             plan.layers,
             kept,
             per_channel=per_channel,
             activations=clip == "mmse",
+            progress=progress,
         )
         quantizations.update(refined)
     chosen: dict[tuple[ir.Value, int], TensorSummary] = {}
@@ -257,7 +258,7 @@ def quantize_model(
     elementwise = {
         entry.name + str(bits): entry
         for (value, bits), entry in chosen.items()
-        if value in emitter.elementwise_values
+        if value in emitter.elementwise_values and bits == plan.elementwise_bits
     }
     return Quantized(
         model.to_proto(),

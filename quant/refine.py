@@ -8,6 +8,10 @@ calibration samples every layer is run on its float input with candidate scales,
    the weights gets the scale that leave the least squared error at the outputs of the layer,
    the mean error of the channel left aside;
 2. that mean error, which any rounding of weights and activations leaves, is taken off the bias.
+   A layer without a bias that could be shifted has its mean error counted like the rest.
+
+The few samples do not overrule all the others: a scale that the histogram of the whole calibration
+finds far worse than its best is no candidate.
 
 Activations, weights and layers are treated one by one, all others float: what is chosen for a
 layer depends on the layer and its own precision alone (and, where layers share an input at the same
@@ -31,13 +35,19 @@ import onnxruntime as ort
 from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.graph import channel_axis, constant, weight_input
 from bitwright.quant.load import Model
-from bitwright.quant.observers import Observer, TensorQuantization, quantize_weights
-from bitwright.quant.samples import Batch
+from bitwright.quant.observers import (
+    Observer,
+    TensorQuantization,
+    quantize_weights,
+    squared_error,
+)
+from bitwright.quant.samples import Batch, ProgressCallback
 
 __all__ = ["LayerChoice", "refine"]
 
 # Relative to the scale that the histogram suggests; more than the calibrated range is never kept.
 _ACTIVATION_PARTS = (0.65, 0.8, 1.0, 1.2, 1.45, 1.8, 2.4)
+_HISTOGRAM_TOLERANCE = 2.0  # in squared error: 3 dB
 # Relative to the largest weight of the channel.
 _WEIGHT_PARTS = {2: (0.25, 1.0), 4: (0.4, 1.0), 8: (0.6, 1.0)}
 _WEIGHT_STEPS = 6
@@ -63,8 +73,9 @@ class LayerChoice:
 class _Error:
     """Output errors of one candidate, accumulated over samples, one entry a channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, removable: bool) -> None:
         self.samples = 0
+        self._removable = removable
         self._means: Array = np.zeros(())
         self._squared_means: Array = np.zeros(())
         self._squares: Array = np.zeros(())
@@ -78,6 +89,9 @@ class _Error:
 
     @property
     def mean(self) -> Array:
+        """Mean error, as far as it can be taken off."""
+        if not self._removable:
+            return np.zeros_like(self._means)
         return np.asarray(self._means / self.samples)
 
     @property
@@ -88,8 +102,9 @@ class _Error:
 
     @property
     def variance(self) -> Array:
-        """Mean squared error that is left once the mean error is taken off."""
-        return np.maximum(self._squares / self.samples - np.square(self.mean), 0.0)
+        """Mean squared error that is left without the mean error; inf if it overflowed."""
+        left = np.maximum(self._squares / self.samples - np.square(self.mean), 0.0)
+        return np.where(np.isfinite(left), left, np.inf)
 
 
 def _reliable(mean: Array, variance: Array, samples: int) -> Array:
@@ -107,7 +122,8 @@ def _reliable(mean: Array, variance: Array, samples: int) -> Array:
 class _Probe:
     """One layer, run by itself on recorded inputs, its output compared with the recorded one."""
 
-    def __init__(self, node: ir.Node, opset: int) -> None:
+    def __init__(self, node: ir.Node, opset: int, *, shiftable: bool) -> None:
+        self.shiftable = shiftable
         index = weight_input(node)
         assert index is not None
         data, weights = node.inputs[1 - index], node.inputs[index]
@@ -206,6 +222,21 @@ def _largest_scale(observer: Observer, quantization: TensorQuantization) -> floa
     return max(observer.maximum / max(above, 1), -observer.minimum / max(below, 1))
 
 
+def _plausible(
+    scales: list[float], observer: Observer, quantization: TensorQuantization
+) -> list[float]:
+    """Scales whose error over the whole calibration is not far above the least."""
+    errors = squared_error(
+        observer,
+        np.array(scales),
+        np.full(len(scales), float(quantization.zero_point)),
+        quantization.code_min,
+        quantization.code_max,
+    )
+    limit = _HISTOGRAM_TOLERANCE * errors.min()
+    return [scale for scale, error in zip(scales, errors, strict=True) if error <= limit]
+
+
 def _weight_candidates(
     weights: npt.NDArray[np.float32], axis: int | None, bits: int
 ) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
@@ -223,7 +254,7 @@ def _expand(scales: Array, axis: int | None, rank: int) -> Array:
 
 def refine(
     model: Model,
-    layers: Sequence[ir.Node],
+    layers: Mapping[ir.Node, bool],
     quantizations: Mapping[tuple[ir.Value, int], TensorQuantization],
     observers: Mapping[str, Observer],
     precisions: Mapping[str, Any],
@@ -231,6 +262,7 @@ def refine(
     *,
     per_channel: bool,
     activations: bool,
+    progress: ProgressCallback | None = None,
 ) -> tuple[dict[tuple[ir.Value, int], TensorQuantization], dict[str, LayerChoice]]:
     """Choose scales and bias shifts on recorded samples.
 
@@ -239,7 +271,7 @@ def refine(
     model
         The float model.
     layers
-        Its layers.
+        Its layers, and whether each has a bias that can be shifted.
     quantizations
         For each data input of a layer and its bits, what the histogram suggests.
     observers
@@ -252,6 +284,8 @@ def refine(
         Whether output channels have weight scales of their own.
     activations
         Whether the scales of activations are chosen here too; otherwise they stay.
+    progress
+        Called with the samples done and in total.
 
     Returns
     -------
@@ -260,7 +294,7 @@ def refine(
     choices
         Layer name to choice.
     """
-    probes = [_Probe(node, model.opset) for node in layers]
+    probes = [_Probe(node, model.opset, shiftable=yes) for node, yes in layers.items()]
     activation_errors: dict[tuple[_Key, float], dict[str, _Error]] = {}
     candidates: dict[_Key, list[float]] = {}
     for probe in probes:
@@ -268,9 +302,12 @@ def refine(
         scale = quantizations[key].scale
         limit = max(_largest_scale(observers[str(probe.data.name)], quantizations[key]), scale)
         parts = _ACTIVATION_PARTS if activations and key[1] < 16 else (1.0,)
-        candidates[key] = sorted({float(np.float32(min(scale * p, limit))) for p in parts})
+        scales = sorted({float(np.float32(min(scale * p, limit))) for p in parts})
+        candidates[key] = _plausible(scales, observers[str(probe.data.name)], quantizations[key])
         for scale in candidates[key]:
-            activation_errors.setdefault((key, scale), {})[str(probe.node.name)] = _Error()
+            activation_errors.setdefault((key, scale), {})[str(probe.node.name)] = _Error(
+                removable=probe.shiftable
+            )
     weight_candidates = {}
     weight_errors: dict[str, list[_Error]] = {}
     for probe in probes:
@@ -278,7 +315,9 @@ def refine(
         if bits < 16:
             axis = probe.axis if per_channel else None
             weight_candidates[name] = _weight_candidates(probe.weights, axis, bits)
-            weight_errors[name] = [_Error() for _ in weight_candidates[name]]
+            weight_errors[name] = [
+                _Error(removable=probe.shiftable) for _ in weight_candidates[name]
+            ]
 
     def measure(probe: _Probe, x: Array, y: Array) -> None:
         name = str(probe.node.name)
@@ -299,6 +338,7 @@ def refine(
         probe.close()
 
     recorder = _Recorder(model, probes)
+    done = 0
     # Layers are independent, and onnxruntime works outside Python's lock: one layer a core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in kept:
@@ -310,12 +350,17 @@ def refine(
                     jobs.append(pool.submit(measure, probe, x, y))
             for job in jobs:
                 job.result()
+            done += batch.samples
+            if progress is not None:
+                progress(done, sum(entry.samples for entry in kept))
             del values, x, y, jobs  # or the next run holds two batches of activations
 
     chosen: dict[_Key, TensorQuantization] = {}
     for key, steps in candidates.items():
         if key[1] < 16 and kept:
             sums = [_total(activation_errors.get((key, step), {})) for step in steps]
+            if not np.isfinite(min(sums)):  # too large for float32: the histogram's choice stays
+                continue
             chosen[key] = replace(quantizations[key], scale=steps[int(np.argmin(sums))])
     choices = {}
     for probe in probes:
@@ -327,9 +372,10 @@ def refine(
             found = activation_errors.get((key, chosen[key].scale), {}).get(name)
             if found is not None and found.samples:
                 shift = shift - _reliable(found.mean, found.mean_variance, found.samples)
-        if name in weight_candidates and weight_errors[name][0].samples:
+        errors = weight_errors.get(name, [])
+        if errors and all(e.samples and np.isfinite(e.variance).all() for e in errors):
             axis = probe.axis if per_channel else None
-            best = _best_weights(weight_candidates[name], weight_errors[name], axis)
+            best = _best_weights(weight_candidates[name], errors, axis)
             choice.weight_codes, choice.weight_scales, mean = best
             shift = shift - mean
         if shift.ndim and np.any(shift):

@@ -433,6 +433,16 @@ def test_nan_and_infinite_weights(
     assert "healthy checkpoint" in message
 
 
+@pytest.mark.parametrize("value", [1e31, -3e38])
+def test_weights_whose_products_overflow(bench: Bench, value: float) -> None:
+    model = small_model()
+    set_weight(model, "w2", np.full((4, 3), value, np.float32))
+    onnx.save(model, bench.model)
+    message = bench.refuse(bench.words("quantize"))
+    assert "weight 'w2' (used by fc1) holds" in message
+    assert "overflow" in message
+
+
 def test_both_infinities(bench: Bench) -> None:
     model = small_model()  # their sum is NaN, which NumPy warns about
     set_weight(model, "b1", np.array([np.inf, -np.inf, 0, 0], np.float32))

@@ -47,6 +47,9 @@ def test_integers_agree_with_onnxruntime_layer_by_layer(
     )
     result = bitwright.compare(quantized, {name: chosen.evaluation.inputs})
     assert len(result.regions) > 50
+    small = [region for region in result.regions if region.codes < 5_000]
+    pooled = 1 - sum(r.differing for r in small) / max(sum(r.codes for r in small), 1)
+    assert pooled >= 0.995
     for region in result.regions:
         assert region.largest_difference <= 1
         # A region of a few hundred codes says little about shares: one code is 0.5 %.
@@ -60,9 +63,9 @@ def test_integers_agree_with_onnxruntime_layer_by_layer(
     [
         ("lenet", quality.DEFAULT),
         ("efficientnet", quality.DEFAULT),
-        # Its HardSwish tensors leave half of symmetric codes unused, so symmetric activations
-        # come out about even with the peer's asymmetric ones (benchmarks/quality.py).
-        ("text_direction", quality.Setting("asymmetric", {"asymmetric": True})),
+        # Half of the symmetric codes of its HardSwish tensors are unused, so the lead is thin
+        # (benchmarks/quality.py: 1 to 2 dB); it is judged on more samples.
+        ("text_direction", quality.DEFAULT),
     ],
 )
 def test_w8a8_is_at_least_as_good_as_the_runtimes_own_quantizer(
@@ -73,7 +76,8 @@ def test_w8a8_is_at_least_as_good_as_the_runtimes_own_quantizer(
         "efficientnet": quality.efficientnet,
         "text_direction": quality.text_direction,
     }[case]
-    results = quality.evaluate(make(64, 128, 0), [setting], batch=8)
+    counts = (256, 1000) if case == "text_direction" else (64, 128)
+    results = quality.evaluate(make(*counts, 0), [setting], batch=8)
     ours = [entry.energy.sqnr for entry in results if entry.tool == "bitwright"]
     peers = [entry.energy.sqnr for entry in results if entry.tool == "onnxruntime"]
     assert len(peers) == 4

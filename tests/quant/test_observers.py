@@ -87,6 +87,14 @@ def test_sampling_visits_every_channel() -> None:
     assert set(range(64)) <= set(seen.astype(int))
 
 
+@pytest.mark.parametrize("power", [-3, 0, 10])
+def test_values_just_below_the_limit_are_counted(power: int) -> None:
+    top = np.nextafter(np.float32(2.0**power), np.float32(0))
+    observer = observe(np.array([top, -top, 0.05 * top, top], np.float32))
+    assert observer.limit == 2.0**power
+    assert observer.counts.sum() == 4
+
+
 def test_nan_and_infinity_are_refused() -> None:
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(FloatingPointError):
@@ -175,7 +183,7 @@ def test_extreme_ranges_give_usable_scales(values: list[float], bits: int) -> No
             q = choose_quantization(
                 observe(np.array(values, np.float32)),
                 bits,
-                method=method,  # type: ignore[arg-type]
+                method=method,
                 asymmetric=asymmetric,
             )
             assert math.isfinite(q.scale)

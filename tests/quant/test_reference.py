@@ -1501,3 +1501,22 @@ def test_models_quantized_by_onnxruntime(
         assert (kinds["excite"], kinds["residual"], kinds["squeeze"]) == ("arithmetic",) * 3
         assert "table" in kinds.values()
     assert comparison.equal_share_end_to_end >= 0.995
+
+
+def test_captured_values_may_have_any_name() -> None:
+    # Single operators run under names of their own, which those of the model must not meet.
+    builder = Builder()
+    data = builder.activation(builder.input("input_0", [4]), Q8)
+    total = builder.node("ReduceSum", data, keepdims=0)
+    positive = builder.node("Greater", total, scalar(builder, 0.0))
+    branches = {}
+    for name, operator, result in (("then", "Neg", "then_out"), ("else", "Abs", "output_0")):
+        value = onnx.helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, [4])
+        node = onnx.helper.make_node(operator, ["input_0"], [result], operator)
+        branches[f"{name}_branch"] = onnx.helper.make_graph([node], name, [], [value])
+    output = builder.node("If", positive, **branches)
+    model = builder.model(output)
+    for sign in (1, -1):
+        feeds = {"input_0": sign * np.array([1.0, 2.0, -0.5, 4.0], np.float32)}
+        results, _ = Reference(load(model)).run(feeds)
+        np.testing.assert_array_equal(results[output], run_onnxruntime(model, feeds)[0])
