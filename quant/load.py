@@ -57,6 +57,12 @@ _FOLD_LIMIT = 1 << 28  # bytes that all expressions together may add to the weig
 
 _SMALL = 1024  # bytes of a tensor whose values may steer shapes
 
+# Operators with inputs, behind the first, of one entry an axis; ConstantOfShape has only that one.
+_LISTS_AXES = frozenset(
+    "CenterCropPad Col2Im ConstantOfShape Expand MaxUnpool Reshape Tile Unsqueeze".split()
+)
+_MAX_RANK = 1024
+
 # Data propagation keeps every element of every vector, about 75 bytes each.
 _MAX_VECTOR_ELEMENTS = 1 << 20
 
@@ -303,6 +309,7 @@ def _check(proto: onnx.ModelProto, where: str, base: Path | None) -> None:
         )
     _check_operators(proto, where)
     _check_calls(proto, where)
+    _check_ranks(proto, where)
     in_graph = {id(tensor) for tensor in proto.graph.initializer}
     for tensor in _tensors(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
@@ -397,6 +404,28 @@ def _check_calls(proto: onnx.ModelProto, where: str) -> None:
             )
         for callee, count in inside[caller].items():
             total[callee] += count * total[caller]
+
+
+def _check_ranks(proto: onnx.ModelProto, where: str) -> None:
+    """Refuse inputs that ask for thousands of axes: shape inference would write down all of them."""
+    lengths: dict[str, int] = {}
+    for holder in _holders(proto):
+        if isinstance(holder, onnx.GraphProto):
+            for info in (*holder.input, *holder.value_info):
+                dims = info.type.tensor_type.shape.dim
+                lengths[info.name] = dims[0].dim_value if len(dims) == 1 else 0
+            lengths.update((t.name, t.dims[0]) for t in holder.initializer if len(t.dims) == 1)
+    for holder in _holders(proto):
+        for node in holder.node:
+            first = 0 if node.op_type == "ConstantOfShape" else 1
+            for name in node.input[first:] if node.op_type in _LISTS_AXES else ():
+                if lengths.get(name, 0) > _MAX_RANK:
+                    raise ModelError(
+                        f"input {name!r} of {node.op_type} {node.name!r} has {lengths[name]} "
+                        "entries, one for every axis",
+                        where=where,
+                        fix="export the model again",
+                    )
 
 
 def _check_external(tensor: onnx.TensorProto, where: str, base: Path | None) -> int:
@@ -881,20 +910,22 @@ def _check_finite(model: ir.Model, where: str) -> None:
         array = tensor.numpy()
         low, high = float(array.min(initial=0.0)), float(array.max(initial=0.0))
         users = ", ".join(str(use.node.name) for use in value.uses()) or "nothing"
-        multiplies = any(use.node.op_type in _MULTIPLY for use in value.uses())
+        factors = [_factor(*use) for use in value.uses() if use.node.op_type in _MULTIPLY]
         largest = max(-low, high)
-        if math.isnan(largest) or (multiplies and largest == math.inf):
+        if math.isnan(largest) or (factors and largest == math.inf):
             raise ModelError(
                 f"weight {name!r} (used by {users}) holds NaN or infinite values",
                 where=where,
                 fix="the training diverged or the file is damaged; export a healthy checkpoint",
             )
-        if multiplies and largest > _LARGEST:
-            raise ModelError(
-                f"weight {name!r} (used by {users}) holds {largest:g}, whose products overflow",
-                where=where,
-                fix="the training diverged or the file is damaged; export a healthy checkpoint",
-            )
+        for factor in factors:
+            if not largest * factor <= _LARGEST:  # a factor may be NaN
+                raise ModelError(
+                    f"weight {name!r} (used by {users}) holds {largest:g}, is multiplied by "
+                    f"{factor:g} and then has products that overflow",
+                    where=where,
+                    fix="the training diverged or the file is damaged; export a healthy checkpoint",
+                )
         for node, index in value.uses():
             if index == 1 and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 # A scale of 0 divides by zero; behind codes it only makes a channel of zeros.
@@ -905,6 +936,13 @@ def _check_finite(model: ir.Model, where: str) -> None:
                         where=where,
                         fix="quantize the float model again",
                     )
+
+
+def _factor(node: ir.Node, index: int) -> float:
+    """What a Gemm multiplies one of its inputs by; 1 for other operators."""
+    if node.op_type != "Gemm":
+        return 1.0
+    return abs(node.attributes.get_float("beta" if index == 2 else "alpha", 1.0))
 
 
 def _value_type(value: ir.Value) -> ValueType:

@@ -32,6 +32,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from bitwright.errors import DataError, first_line
 from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.graph import channel_axis, constant, weight_input
 from bitwright.quant.load import Model
@@ -420,11 +421,19 @@ class _Recorder:
     """Runs the float model and returns inputs and outputs of the layers."""
 
     def __init__(self, model: Model, probes: Sequence[_Probe]) -> None:
+        self._source = model.source
         values = [v for probe in probes for v in (probe.data, probe.node.outputs[0])]
         self._computed = [v for v in dict.fromkeys(values) if not v.is_graph_input()]
         self._names = [str(value.name) for value in self._computed]
         self._session = make_session(model.to_proto_with_outputs(self._computed), optimize=True)
 
     def run(self, batch: Batch) -> dict[str, Array]:
-        results = self._session.run(self._names, batch.inputs)
+        try:
+            results = self._session.run(self._names, batch.inputs)
+        except Exception as error:  # onnxruntime raises several kinds
+            raise DataError(
+                f"the model fails on batches of {batch.samples} samples ({first_line(error)})",
+                where=self._source,
+                fix="its batch may be fixed; see that it runs with any number of samples",
+            ) from error
         return {**batch.inputs, **dict(zip(self._names, results, strict=True))}

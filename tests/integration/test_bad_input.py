@@ -443,6 +443,20 @@ def test_weights_whose_products_overflow(bench: Bench, value: float) -> None:
     assert "overflow" in message
 
 
+@pytest.mark.parametrize("attribute", ["alpha", "beta"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_factors_that_make_weights_overflow(bench: Bench, attribute: str, value: float) -> None:
+    model = small_model()
+    node = model.graph.node[-1]
+    node.attribute.append(helper.make_attribute(attribute, value))
+    node.input.append("b2")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "b2"))
+    onnx.save(model, bench.model)
+    message = bench.refuse(bench.words("quantize"))
+    assert "(used by fc1)" in message
+    assert "overflow" in message
+
+
 def test_both_infinities(bench: Bench) -> None:
     model = small_model()  # their sum is NaN, which NumPy warns about
     set_weight(model, "b1", np.array([np.inf, -np.inf, 0, 0], np.float32))
@@ -1303,6 +1317,22 @@ def test_very_long_vectors(bench: Bench) -> None:
     bench.model.write_bytes(model.SerializeToString())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert bench.run(*bench.words("inspect"))[0] == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+@pytest.mark.parametrize("opset", [9, 21])
+@pytest.mark.parametrize(
+    "node", ["Expand (x, s)", "Reshape (x, s)", "ConstantOfShape (s)", "Tile (x, s)"]
+)
+def test_shapes_of_very_many_axes(bench: Bench, node: str, opset: int) -> None:
+    model = text_model(
+        f"g (float[n, 4] x, int64[{2**31}] s) => (float[n, 4] y) {{ y = {node} }}", opset
+    )
+    bench.model.write_bytes(model.SerializeToString())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = bench.refuse(bench.words("inspect"))
+    assert "input 's' of" in message
+    assert f"has {2**31} entries" in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
