@@ -407,7 +407,7 @@ def _check_calls(proto: onnx.ModelProto, where: str) -> None:
 
 
 def _check_ranks(proto: onnx.ModelProto, where: str) -> None:
-    """Refuse inputs that ask for thousands of axes: shape inference would write down all of them."""
+    """Refuse inputs that ask for thousands of axes: shape inference would write them all."""
     lengths: dict[str, int] = {}
     for holder in _holders(proto):
         if isinstance(holder, onnx.GraphProto):
