@@ -48,6 +48,8 @@ def make_session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # After a run its threads would keep a processor from whatever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if lean:
         options.enable_cpu_mem_arena = False
         options.intra_op_num_threads = 1

@@ -163,8 +163,10 @@ class Model:
             outputs.clear()
             outputs.extend(original)
 
-    def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int]]) -> Model:
+    def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int | None]]) -> Model:
         """Return a copy whose inputs have the given shapes, all other shapes inferred anew.
+
+        A size of None stays what it is.
 
         Raises
         ------
@@ -763,7 +765,7 @@ def _slim_proto(model: ir.Model, large: Mapping[str, ir.TensorProtocol]) -> onnx
 
 
 def _fix_input_shapes(
-    model: ir.Model, input_shapes: Mapping[str, Sequence[int]], where: str
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int | None]], where: str
 ) -> None:
     """Give inputs the shapes asked for and infer all other shapes."""
     inputs = {str(value.name): value for value in model.graph.inputs}
@@ -776,15 +778,19 @@ def _fix_input_shapes(
         fits = known is None or (
             len(known) == len(shape)
             and all(
-                not isinstance(old, int) or old == new
+                not isinstance(old, int) or new is None or old == new
                 for old, new in zip(known, shape, strict=True)
             )
         )
-        if not fits or any(not 0 < size < 1 << 63 for size in shape):
+        if not fits or any(size is not None and not 0 < size < 1 << 63 for size in shape):
+            asked = ["?" if size is None else size for size in shape]
             raise ModelError(
-                f"shape {list(shape)} does not fit input {name!r}, which is {known}", where=where
+                f"shape {asked} does not fit input {name!r}, which is {known}", where=where
             )
-        inputs[name].shape = ir.Shape(shape)
+        before = inputs[name].shape or [None] * len(shape)
+        inputs[name].shape = ir.Shape(
+            [old if new is None else new for old, new in zip(before, shape, strict=True)]
+        )
     if input_shapes:  # what was inferred with symbolic dimensions must not win
         for node in model.graph:
             for value in node.outputs:

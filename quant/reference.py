@@ -17,11 +17,10 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from bitwright.errors import RunError
-from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
+from bitwright.quant.float_ops import Array, FloatOperator, captured_values
 from bitwright.quant.graph import (
     attribute,
     clamp_bounds,
@@ -37,8 +36,11 @@ from bitwright.quant.requantization import (
     RequantizationForm,
     accumulator_bits,
     accumulator_bound,
+    bias_steps,
     quantize_float,
+    sum_multipliers,
 )
+from bitwright.quant.tables import function_table
 
 __all__ = ["Reference", "Region"]
 
@@ -46,10 +48,6 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 _EXACT_FLOAT64 = 2.0**53
-
-# Width of the multipliers that bring two operands to one scale: 2 * 255 * 2^22 is below 2^31.
-_SUM_BITS_NARROW = 22  # operands of up to 8 bits
-_SUM_BITS_WIDE = 30
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,15 @@ class _Function:
     value: ir.Value
 
 
-_Value: TypeAlias = "Array | _Codes | _Accumulator | _Function"
+@dataclass(frozen=True)
+class _Moved:
+    """Integer sums that moves carry on: a quantizer behind them counts as if it stood before."""
+
+    source: _Accumulator
+    moves: tuple[tuple[ir.Node, tuple[Array | None, ...]], ...]  # with their operands but the first
+
+
+_Value: TypeAlias = "Array | _Codes | _Accumulator | _Moved | _Function"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +238,7 @@ class Reference:
                     return [replace(first, codes=np.maximum(first.codes, first.zero_point))]
                 return [_Function(source, root, node.outputs[0])]
             if is_move(node):
-                moved = self._move(node, operands)
+                moved = self._carry(node, operands) or self._move(node, operands)
                 if moved is not None:
                     return moved
             result = self._compute(node, operands)
@@ -289,6 +295,8 @@ class Reference:
             return self._look_up(found, self._table(found))
         if isinstance(found, _Codes | _Accumulator):
             return found.to_float()
+        if isinstance(found, _Moved):
+            return self._replay(found, found.source.to_float())
         if found is None:
             raise ValueError(f"there is no value {value.name!r}")
         if value.dtype is not None and found.dtype == np.int64 != value.dtype.numpy():
@@ -328,7 +336,8 @@ class Reference:
         assert source_value is not None
         dtype = output.dtype
         scale, zero_point, quantization = self._parameters(node, values, dtype)
-        source = self._operand(source_value, values)
+        carried = self._operand(source_value, values)
+        source = carried.source if isinstance(carried, _Moved) else carried
         name, kind, accumulator, bits = str(node.name), "quantize", 0, 0
         if quantization is None:
             if attribute(node, "block_size", 0):
@@ -347,6 +356,10 @@ class Reference:
             accumulator, bits = accumulator_bits(source.bound), source.operand_bits
             requantization = Requantization.between(source.scale, quantization, source.clamp)
             result = requantization.apply(source.values, self._form)
+            if isinstance(carried, _Moved):
+                centred = (result - quantization.zero_point).astype(np.float32)
+                moved = self._replay(carried, centred)
+                result = moved.astype(np.int64) + quantization.zero_point
         elif isinstance(source, _Function):
             producer = source.value.producer()
             name, kind, bits = str(producer.name if producer else name), "table", source.root.bits
@@ -394,19 +407,13 @@ class Reference:
         return result
 
     def _table(self, function: _Function) -> Array:
-        """Float values of a function for every code of its root, computed once, by onnxruntime.
-
-        The same table serves the code generator, so functions are exact wherever they run.
-        """
+        """Float values of a function for every code of its root, computed once."""
         quantization = function.root.quantization
         assert quantization is not None
         key = function.value, quantization
         if key not in self._tables:
-            codes = np.arange(quantization.code_min, quantization.code_max + 1)
-            centred = (codes - quantization.zero_point).astype(np.float32)
-            inputs = centred * np.float32(quantization.scale)
-            self._tables[key] = _evaluate(
-                function.root_value, function.value, inputs, self._model.opset
+            self._tables[key] = function_table(
+                function.root_value, function.value, quantization, self._model.opset
             )
         return self._tables[key]
 
@@ -416,6 +423,27 @@ class Reference:
         return np.asarray(table[function.root.codes - function.root.quantization.code_min])
 
     # -- operators -----------------------------------------------------------------------------
+
+    @staticmethod
+    def _carry(node: ir.Node, operands: Sequence[_Value | None]) -> list[_Value] | None:
+        """Note a move of sums that have not been requantized; None for several data operands."""
+        first = operands[0]
+        others = tuple(e for e in operands[1:] if e is None or isinstance(e, np.ndarray))
+        if node.op_type == "Concat" or len(node.outputs) != 1:
+            return None
+        if not isinstance(first, _Accumulator | _Moved) or len(others) != len(operands) - 1:
+            return None
+        before = first.moves if isinstance(first, _Moved) else ()
+        source = first.source if isinstance(first, _Moved) else first
+        return [_Moved(source, (*before, (node, others)))]
+
+    def _replay(self, moved: _Moved, array: Array) -> Array:
+        """Carry an array as the sums would have been."""
+        for node, others in moved.moves:
+            if node not in self._operators:
+                self._operators[node] = FloatOperator(node, self._model.opset)
+            array = self._operators[node].run([array, *others])[0]
+        return array
 
     def _move(self, node: ir.Node, operands: Sequence[_Value | None]) -> list[_Value] | None:
         """Carry codes. The operator runs on centred codes (0 is 0.0) in float32, which is exact."""
@@ -532,25 +560,18 @@ def _with_bias(accumulator: _Accumulator, bias: _Value, behind: int = 0) -> _Acc
         bias = bias.to_float()
     if not isinstance(bias, np.ndarray):
         return None
-    bias = bias.reshape(bias.shape + (1,) * behind).astype(np.float64)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        steps = bias / accumulator.scale.astype(np.float64)
-    largest = float(np.abs(steps).max(initial=0.0))
-    if not largest < 2.0**62:  # nor where it is infinite or NaN
+    steps = bias_steps(
+        bias.reshape(bias.shape + (1,) * behind), accumulator.scale, accumulator.bound
+    )
+    if steps is None:
         return None
-    # A bias in float is seldom a whole number of steps: where it is not, the steps become as fine
-    # as 32 bits allow, in each channel by itself.
-    room = 2.0**31 / (accumulator.bound + np.abs(steps) + 1.0)
-    fine = np.maximum(np.frexp(room)[1] - 1, 0).astype(np.int64)
-    if np.array_equal(steps, np.rint(steps)):
-        fine = np.zeros_like(fine)
-    codes = np.rint(np.ldexp(steps, fine)).astype(np.int64)
-    bound = np.ldexp(accumulator.bound, fine) + np.abs(codes.astype(np.float64))
+    fine, codes = steps
+    bounds = np.ldexp(accumulator.bound, fine) + np.abs(codes.astype(np.float64))
     return replace(
         accumulator,
         values=(accumulator.values << fine) + codes,
         scale=np.ldexp(accumulator.scale, -fine),
-        bound=float(np.max(bound, initial=0.0)),
+        bound=float(np.max(bounds, initial=0.0)),
     )
 
 
@@ -618,9 +639,7 @@ def _convolve(x: IntArray, w: IntArray, node: ir.Node, *, exact: bool) -> IntArr
 def _sum(node: ir.Node, a: _Codes, b: _Codes, sign: int) -> _Accumulator:
     """Sum of two activations: both brought to one scale by integer multipliers."""
     bits = max(a.bits, b.bits)
-    width = _SUM_BITS_WIDE if bits > 8 else _SUM_BITS_NARROW
-    step = max(float(a.scale), float(b.scale)) / 2.0**width
-    factors = [int(np.rint(float(entry.scale) / step)) for entry in (a, b)]
+    factors, step = sum_multipliers((float(a.scale), float(b.scale)), bits)
     bound = float(factors[0] * a.magnitude + factors[1] * b.magnitude)
     values = factors[0] * a.centred + sign * factors[1] * b.centred
     return _Accumulator(
@@ -686,40 +705,6 @@ def _average_pool(node: ir.Node, x: IntArray) -> tuple[IntArray, Array]:
     sums = _windows(x, kernel, strides, dilations).sum(axis=axes)
     counts = _windows(ones, kernel, strides, dilations).sum(axis=axes)
     return sums, np.maximum(counts, 1).astype(np.float64)
-
-
-def _evaluate(root: ir.Value, value: ir.Value, inputs: FloatArray, opset: int) -> Array:
-    """Evaluate the elementwise chain from ``root`` to ``value`` on a vector of inputs."""
-    nodes: dict[ir.Node, None] = {}
-    constants: dict[str, Array] = {}
-    pending = [value]
-    while pending:
-        current = pending.pop()
-        array = constant(current)
-        if array is not None:
-            constants[str(current.name)] = array
-        elif current is not root:
-            node = current.producer()
-            assert node is not None
-            nodes[node] = None
-            pending.extend(entry for entry in node.inputs if entry is not None)
-    ordered = [node for node in (value.graph or root.graph or ()) if node in nodes]
-    rank = max([1, *(array.ndim for array in constants.values())])
-    shaped = inputs.reshape(-1, *(1,) * (rank - 1))
-    float_type = onnx.TensorProto.FLOAT
-    graph = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in ordered],
-        "table",
-        [onnx.helper.make_tensor_value_info(str(root.name), float_type, shaped.shape)],
-        [onnx.helper.make_tensor_value_info(str(value.name), float_type, shaped.shape)],
-        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10
-    )
-    session = make_session(model, optimize=False)
-    result: Array = session.run(None, {str(root.name): shaped})[0].reshape(-1)
-    return result
 
 
 def _last_uses(graph: ir.Graph, roots: Mapping[ir.Value, ir.Value]) -> dict[int, list[ir.Value]]:

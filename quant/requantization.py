@@ -21,7 +21,9 @@ __all__ = [
     "RequantizationForm",
     "accumulator_bits",
     "accumulator_bound",
+    "bias_steps",
     "quantize_float",
+    "sum_multipliers",
 ]
 
 RequantizationForm = Literal["float", "fixed"]
@@ -31,13 +33,13 @@ IntArray = npt.NDArray[np.int64]
 def quantize_float(
     values: npt.NDArray[Any], scale: npt.ArrayLike, quantization: TensorQuantization
 ) -> IntArray:
-    """Quantize floats as ONNX QuantizeLinear does: divide, round to even, add, saturate."""
+    """Quantize floats as ONNX QuantizeLinear does: divide, round to even, add, saturate.
+
+    NaN, which ONNX leaves open, becomes the highest code, as in TVM.
+    """
     codes = np.rint(np.asarray(values, np.float32) / np.asarray(scale, np.float32))
-    codes = np.clip(
-        codes.astype(np.float64) + quantization.zero_point,
-        quantization.code_min,
-        quantization.code_max,
-    )
+    codes = codes.astype(np.float64) + quantization.zero_point
+    codes = np.maximum(np.fmin(codes, quantization.code_max), quantization.code_min)
     return np.asarray(codes).astype(np.int64)
 
 
@@ -164,3 +166,66 @@ def accumulator_bound(
 def accumulator_bits(bound: float) -> int:
     """Width of the accumulator: 32 bits where the bound proves them to be enough, else 64."""
     return 32 if bound < 2**31 else 64
+
+
+def bias_steps(
+    bias: npt.NDArray[Any], scale: npt.NDArray[np.float32], bound: float
+) -> tuple[IntArray, IntArray] | None:
+    """Express a float bias in steps of the accumulator, as fine as 32 bits allow.
+
+    A bias in float is seldom a whole number of steps. Where it is not, the steps become finer, in
+    each channel by itself: ``docs/integer-semantics.md``, "Biases".
+
+    Parameters
+    ----------
+    bias
+        Float values; broadcasts against ``scale``.
+    scale
+        Value of one step of the accumulator.
+    bound
+        Largest magnitude of the accumulator without the bias.
+
+    Returns
+    -------
+    shift, codes
+        The accumulator becomes ``(accumulator << shift) + codes``, its scale ``scale / 2^shift``.
+        None where the bias is not finite or has 2^62 steps and more.
+    """
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        steps = bias.astype(np.float64) / scale.astype(np.float64)
+    largest = float(np.abs(steps).max(initial=0.0))
+    if not largest < 2.0**62:  # nor where it is infinite or NaN
+        return None
+    room = 2.0**31 / (bound + np.abs(steps) + 1.0)
+    shift = np.maximum(np.frexp(room)[1] - 1, 0).astype(np.int64)
+    if np.array_equal(steps, np.rint(steps)):
+        shift = np.zeros_like(shift)
+    return shift, np.rint(np.ldexp(steps, shift)).astype(np.int64)
+
+
+# Width of the multipliers that bring two operands to one scale: 2 * 255 * 2^22 is below 2^31.
+_SUM_BITS_NARROW = 22  # operands of up to 8 bits, of scales not too far apart
+_SUM_BITS_WIDE = 30
+_FAR_APART = 2.0**6  # leaves the smaller of two narrow multipliers 16 bits
+
+
+def sum_multipliers(scales: tuple[float, float], bits: int) -> tuple[tuple[int, int], float]:
+    """Integer multipliers that bring two operands of a sum to one scale.
+
+    Parameters
+    ----------
+    scales
+        Scales of the operands.
+    bits
+        Width of the wider operand's codes.
+
+    Returns
+    -------
+    multipliers, step
+        Each operand's centred codes times its multiplier have the scale ``step``.
+    """
+    far = max(scales) > _FAR_APART * min(scales)
+    width = _SUM_BITS_WIDE if bits > 8 or far else _SUM_BITS_NARROW
+    step = max(scales) / 2.0**width
+    first, second = (int(np.rint(scale / step)) for scale in scales)
+    return (first, second), step

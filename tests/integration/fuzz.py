@@ -32,6 +32,7 @@ import numpy.typing as npt
 import onnx
 
 import bitwright
+from benchmarks.memory_probe import peak_bytes
 from bitwright.cli import main as bitwright_main
 
 CASE_SECONDS = 20
@@ -738,7 +739,7 @@ def main() -> int:
         "codes": dict(sorted(totals.items())),
         "slowest": slowest,
         "seconds": time.perf_counter() - started,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }
     sys.stdout.write(json.dumps(summary) + "\n")
     return 1 if failures else 0

@@ -239,6 +239,13 @@ def test_quantizing_rounds_ties_to_even() -> None:
     assert quantize_float(values, 0.125, odd).tolist() == [-1, -1, 1, 1, 3, 3]
 
 
+def test_nan_becomes_the_highest_code() -> None:
+    """ONNX leaves it open; an undefined conversion would give codes outside the type."""
+    output = TensorQuantization(0.5, 3, 8, signed=True)
+    codes = quantize_float(np.array([np.nan, np.inf, -np.inf], np.float32), 0.5, output)
+    assert codes.tolist() == [127, 127, -128]
+
+
 # -- onnxruntime's QLinear operators: another implementation of the same convention ---------------
 
 
