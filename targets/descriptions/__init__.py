@@ -1,0 +1,1 @@
+"""Accelerators described as data, one YAML file each."""
