@@ -1,0 +1,333 @@
+"""From an imported module to an executable and the parameters that stand beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from bitwright.errors import BitwrightError, RunError, first_line
+from bitwright.passes.expressions import (
+    LAYER_OPERATORS,
+    bindings,
+    calls,
+    has_branches,
+    is_move,
+    node_name,
+    operator,
+    static_shape,
+)
+from bitwright.passes.pack_weights import PARAMETER_NAMES
+from bitwright.passes.registry import DEFAULT, Pipeline
+from bitwright.targets import Accelerator
+from bitwright.targets.codegen import CODEGEN, ISAS, read_layer
+from bitwright.targets.kernels.host import detect, target
+
+__all__ = ["Built", "CompiledLayer", "HostOperator", "PassReport", "build"]
+
+TRANSFORM = "main_transform_params"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledLayer:
+    """A layer of the artefact.
+
+    Attributes
+    ----------
+    name
+        The ONNX node.
+    operator
+        ``conv1d``, ``conv2d``, ``conv3d`` or ``matmul``.
+    weight_bits, activation_bits
+        Its precision; ``weight_bits`` is 0 for a product of two activations.
+    accumulator_bits
+        32 or 64.
+    kernel
+        Whether a kernel of bitwright computes it, or code that TVM makes.
+    weight_count, weight_bytes
+        Number of weights and what they take: ``ceil(bits * n / 8)``.
+    """
+
+    name: str
+    operator: str
+    weight_bits: int
+    activation_bits: int
+    accumulator_bits: int
+    kernel: bool
+    weight_count: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostOperator:
+    """An operator that computes in floating point on the host, and why."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What a pass did to the module: how many of each sort of operator there were afterwards.
+
+    Attributes
+    ----------
+    name, options
+        The pass.
+    seconds
+        Time it took.
+    quantizers, float_operators, integer_operators
+        Calls afterwards, in all functions; moves of values do not count.
+    layers, parameters
+        Composite functions, and parameters of ``main`` behind its inputs.
+    """
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    quantizers: int
+    float_operators: int
+    integer_operators: int
+    layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What :func:`build` makes.
+
+    Attributes
+    ----------
+    executable
+        TVM's; ``main(*inputs, *transformed)`` returns the outputs, where ``transformed`` is what
+        the function ``main_transform_params`` returns for the tuple of all parameters. It is called
+        once, after loading. A model without parameters has no such function.
+    parameters
+        Name to array, in order: packed weights (uint8), biases, multipliers, tables.
+    layers, host_operators
+        What became integer, and what did not.
+    passes
+        What each pass did.
+    target
+        Options of the TVM target that the code is for.
+    isa
+        Name of the kernels' instruction set.
+    """
+
+    executable: Any
+    parameters: dict[str, npt.NDArray[Any]]
+    layers: tuple[CompiledLayer, ...]
+    host_operators: tuple[HostOperator, ...]
+    passes: tuple[PassReport, ...]
+    target: dict[str, str]
+    isa: str
+
+
+def build(
+    module: Any,
+    accelerator: Accelerator,
+    *,
+    pipeline: Pipeline = DEFAULT,
+    dump_ir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Built:
+    """Run the passes and compile.
+
+    Parameters
+    ----------
+    module
+        An imported model: Relax with quantizers, entry function ``main``.
+    accelerator
+        What the layers are partitioned for.
+    pipeline
+        The passes and their options.
+    dump_ir
+        A folder that gets the module after each pass, as text.
+    progress
+        Called with the name of each step.
+
+    Raises
+    ------
+    PlanError
+        If the accelerator cannot do the precision of a layer.
+    RunError
+        If TVM fails; the cause holds its message.
+    """
+    if "main" not in [variable.name_hint for variable in module.get_global_vars()]:
+        raise RunError(
+            "the module has no function main", fix="import a model, or name its entry so"
+        )
+    steps = pipeline.create(target=accelerator.name)
+    isa = ISAS[steps["pack-weights"].isa] if steps["pack-weights"].isa else detect()
+    reports = []
+    if dump_ir is not None:
+        dump_ir.mkdir(exist_ok=True)
+        _dump(dump_ir / "0-import.txt", module)
+    layers: tuple[CompiledLayer, ...] = ()
+    for name, step in steps.items():
+        if name == "pack-weights":  # which lets equal layers share a function
+            layers = _layers(module, kernels=step.kernels)
+        if progress is not None:
+            progress(name)
+        start = time.perf_counter()
+        module = _run(name, step, module)
+        seconds = time.perf_counter() - start
+        reports.append(_report(name, dict(pipeline.options[name]), seconds, module))
+        if dump_ir is not None:
+            _dump(dump_ir / f"{len(reports)}-{name}.txt", module)
+    host_operators = _host_operators(module)
+    if progress is not None:
+        progress("code generation")
+    entry = module["main"]
+    names = [str(name) for name in entry.attrs.get(PARAMETER_NAMES, [])]
+    module, detached = relax.frontend.detach_params(module)
+    arrays = detached.get("main", [])
+    parameters = {
+        name: np.asarray(array.numpy()) for name, array in zip(names, arrays, strict=True)
+    }
+    options = {CODEGEN: {"isa": isa.name}}
+    module = _run("code generation", relax.transform.RunCodegen(options), module)
+    lift = [relax.transform.DeadCodeElimination(), relax.transform.LiftTransformParams()]
+    module = _run("code generation", tvm.transform.Sequential(lift), module)
+    host = tvm.target.Target(target(isa))
+    # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
+    disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
+    with tvm.transform.PassContext(disabled_pass=disabled):
+        executable = _run("compilation", lambda mod: tvm.compile(mod, target=host), module)
+    return Built(
+        executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name
+    )
+
+
+def _dump(path: Path, module: Any) -> None:
+    # Without the constants: TVM cannot print those of operators that it does not know.
+    path.write_text(module.script(show_meta=False), encoding="utf-8")
+
+
+def _run(name: str, step: Callable[[Any], Any], module: Any) -> Any:
+    try:
+        return step(module)
+    except BitwrightError:
+        raise
+    except Exception as error:  # TVM raises many kinds
+        raise RunError(f"TVM fails in {name} ({first_line(error)})") from error
+
+
+def _relax_functions(module: Any) -> list[tuple[str, Any]]:
+    return [
+        (variable.name_hint, function)
+        for variable, function in module.functions_items()
+        if isinstance(function, relax.Function)
+    ]
+
+
+def _is_float(expr: Any) -> bool:
+    return isinstance(expr.ty, relax.TensorType) and str(expr.ty.dtype).startswith("float")
+
+
+# They carry values or change their type.
+_CARRIERS = frozenset(
+    "astype bitwright.unpack call_tir concat dequantize quantize split take".split()
+)
+
+
+def _computes(call: Any) -> bool:
+    return operator(call) not in {"", *_CARRIERS} and not is_move(call)
+
+
+def _computes_floats(call: Any) -> bool:
+    operands = [entry for entry in call.args if isinstance(entry.ty, relax.TensorType)]
+    rescaled = operator(call) == "bitwright.requantize"  # integers in, integers out
+    return _computes(call) and not rescaled and any(map(_is_float, [call, *operands]))
+
+
+def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> PassReport:
+    count: Counter[str] = Counter()
+    for _, function in _relax_functions(module):
+        for call in calls(function):
+            if operator(call) in ("quantize", "dequantize"):
+                count["quantizers"] += 1
+            elif _computes(call):
+                count["float" if _computes_floats(call) else "integer"] += 1
+        count["layers"] += "Composite" in (function.attrs or {})
+    main = module["main"].attrs
+    return PassReport(
+        name,
+        options,
+        seconds,
+        count["quantizers"],
+        count["float"],
+        count["integer"],
+        count["layers"],
+        len(main.get(PARAMETER_NAMES, [])) if main else 0,
+    )
+
+
+def _layers(module: Any, *, kernels: bool) -> tuple[CompiledLayer, ...]:
+    found = {}
+    for name, function in _relax_functions(module):
+        attrs = function.attrs or {}
+        if "Composite" not in attrs:
+            continue
+        products = [
+            value for value in bindings(function).values() if operator(value) in LAYER_OPERATORS
+        ]
+        sums = products[0]
+        bits = int(attrs.get("weight_bits", 0))
+        weights = 0
+        if bits:
+            shapes = [argument.ty.shape for argument in sums.args]
+            static = [s for s in shapes if all(hasattr(dim, "value") for dim in s)]
+            weights = math.prod(int(dim.value) for dim in static[-1])
+        found[name] = CompiledLayer(
+            str(attrs["layer"]),
+            str(attrs["Composite"]).removeprefix("bitwright."),
+            bits,
+            int(attrs["activation_bits"] if bits else max(attrs["input_bits"])),
+            int(str(sums.ty.dtype).removeprefix("int")),
+            kernels and read_layer(function) is not None,
+            weights,
+            -(-bits * weights // 8),
+        )
+    # In the order in which main calls them.
+    order = [
+        value.op.name_hint
+        for value in bindings(module["main"]).values()
+        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
+    ]
+    # A layer whose sums are used in several ways has a function for each; it is one layer.
+    layers = {found[name].name: found[name] for name in reversed(order) if name in found}
+    return tuple(reversed(layers.values()))
+
+
+def _host_operators(module: Any) -> tuple[HostOperator, ...]:
+    main = module["main"]
+    names = {value: var.name for var, value in bindings(main).items()}
+    found: dict[str, HostOperator] = {}
+    for call in filter(_computes_floats, calls(main)):
+        name = operator(call)
+        title = node_name(call) or names.get(call, name)
+        found.setdefault(title, HostOperator(title, name.removeprefix("nn."), _reason(call)))
+    return tuple(found.values())
+
+
+def _reason(call: Any) -> str:
+    """Why an operator stays float."""
+    name = operator(call)
+    if name in LAYER_OPERATORS:
+        return "its operands are not both quantized"
+    if name in ("mean", "sum") or name.startswith("nn.avg_pool"):
+        shape = static_shape(call.args[0])
+        if shape is None or None in shape[1:]:
+            return "the sizes it averages over are symbolic (compile --input-shape fixes them)"
+    return "it has no integer form, or no quantizers around it"

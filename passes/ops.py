@@ -1,0 +1,172 @@
+"""Relax operators that standard Relax lacks, registered from Python.
+
+``bitwright.requantize(accumulator, multiplier)``
+    Codes of an accumulator: ``clamp(rint(float32(accumulator) * multiplier) + zero_point, low,
+    high)`` as ``dtype``; see ``docs/integer-semantics.md``. ``multiplier`` (float32) broadcasts.
+    With ``form="fixed"`` the product is exact and computed in integers, of accumulators of 32 bits.
+
+``bitwright.unpack(words)``
+    Integers out of a dense string of bits: value ``i`` is the unsigned number in bits
+    ``[i * bits, (i + 1) * bits)`` of the bytes, lowest bit first, plus ``low``.
+
+Both have a legalization, so a module that holds them compiles with TVM's own pipeline.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import relax, te, tirx
+from tvm.ir import Op
+from tvm.ir.op import register_op_attr
+from tvm.relax.transform.legalize_ops.common import register_legalize
+
+__all__ = ["REQUANTIZE", "UNPACK", "requantize", "unpack"]
+
+REQUANTIZE = "bitwright.requantize"
+UNPACK = "bitwright.unpack"
+
+
+def requantize(
+    accumulator: Any,
+    multiplier: Any,
+    *,
+    zero_point: int,
+    low: int,
+    high: int,
+    dtype: str,
+    form: str = "float",
+) -> Any:
+    """Call ``bitwright.requantize``; see the module's docstring."""
+    attributes = tvm.ir.make_node(
+        "ir.DictAttrs", zero_point=zero_point, low=low, high=high, dtype=dtype, form=form
+    )
+    return relax.Call(Op.get(REQUANTIZE), [accumulator, multiplier], attrs=attributes)
+
+
+def unpack(words: Any, *, shape: Sequence[int], bits: int, low: int, dtype: str) -> Any:
+    """Call ``bitwright.unpack``; see the module's docstring."""
+    attributes = tvm.ir.make_node(
+        "ir.DictAttrs", shape=list(shape), bits=bits, low=low, dtype=dtype
+    )
+    return relax.Call(Op.get(UNPACK), [words], attrs=attributes)
+
+
+def _requantize_type(call: Any, _context: Any) -> Any:
+    accumulator = call.args[0].ty
+    dtype = str(call.attrs["dtype"])
+    if accumulator.shape is None:
+        return relax.TensorType(dtype=dtype, ndim=accumulator.ndim)
+    return relax.TensorType(accumulator.shape, dtype)
+
+
+def _unpack_type(call: Any, _context: Any) -> Any:
+    return relax.TensorType([int(dim) for dim in call.attrs["shape"]], str(call.attrs["dtype"]))
+
+
+def _legalize_requantize(builder: Any, call: Any) -> Any:
+    attrs = call.attrs
+    zero_point, low, high = (int(attrs[name]) for name in ("zero_point", "low", "high"))
+    dtype = str(attrs["dtype"])
+
+    def compute(accumulator: Any, multiplier: Any) -> Any:
+        ahead = len(accumulator.shape) - len(multiplier.shape)
+
+        def element(*indices: Any) -> Any:
+            place = [
+                0 if isinstance(size, tirx.IntImm) and size.value == 1 else index
+                for size, index in zip(multiplier.shape, indices[ahead:], strict=True)
+            ]
+            factor = multiplier[tuple(place)]
+            if str(attrs["form"]) == "fixed":
+                codes = _fixed_product(accumulator[indices], factor)
+                codes = te.max(codes, tirx.const(low - zero_point, "int64"))
+                codes = te.min(codes, tirx.const(high - zero_point, "int64"))
+                return (codes + tirx.const(zero_point, "int64")).astype(dtype)
+            scaled = accumulator[indices].astype("float32") * factor
+            # Bounds before rounding: rint is monotone, and the result fits an int32.
+            bounded = te.max(
+                te.min(scaled, tirx.const(high - zero_point, "float32")),
+                tirx.const(low - zero_point, "float32"),
+            )
+            rounded = tirx.nearbyint(bounded).astype("int32")
+            return (rounded + tirx.const(zero_point, "int32")).astype(dtype)
+
+        return te.compute(accumulator.shape, element, name="requantize")
+
+    return builder.call_te(compute, *call.args, primfunc_name_hint="requantize")
+
+
+def _fixed_product(accumulator: Any, multiplier: Any) -> Any:
+    """Round the exact product: a float32 multiplier is a number of 24 bits and a shift."""
+    bits = tirx.reinterpret("int32", multiplier)
+    exponent = bits >> 23  # multipliers are not negative: there is no sign
+    mantissa = tirx.Select(exponent > 0, (bits & (2**23 - 1)) | 2**23, tirx.const(0, "int32"))
+    product = accumulator.astype("int64") * mantissa.astype("int64")
+    # A shift below 1 means at least 2^22 codes, beyond 63 less than half of one.
+    right = te.max(te.min(150 - exponent, tirx.const(63, "int32")), tirx.const(1, "int32"))
+    right = right.astype("int64")
+    one = tirx.const(1, "int64")
+    half, odd = one << (right - one), (product >> right) & one
+    return (product + half - one + odd) >> right
+
+
+def _legalize_unpack(builder: Any, call: Any) -> Any:
+    attrs = call.attrs
+    bits, low = int(attrs["bits"]), int(attrs["low"])
+    shape, dtype = [int(dim) for dim in attrs["shape"]], str(attrs["dtype"])
+
+    def compute(words: Any) -> Any:
+        def element(*indices: Any) -> Any:
+            position = tirx.const(0, "int64")
+            for size, index in zip(shape, indices, strict=True):
+                position = position * size + index
+            value: Any = tirx.const(0, "int32")
+            if bits < 8:  # 2 and 4 divide 8: no value crosses a byte
+                per_byte = 8 // bits
+                byte = words[tirx.floordiv(position, per_byte)].astype("int32")
+                shift = (tirx.floormod(position, per_byte) * bits).astype("int32")
+                value = (byte >> shift) & tirx.const(2**bits - 1, "int32")
+            else:
+                for offset in range(bits // 8):
+                    byte = words[position * (bits // 8) + offset].astype("int32")
+                    value = value | (byte << tirx.const(8 * offset, "int32"))
+            return (value + tirx.const(low, "int32")).astype(dtype)
+
+        return te.compute(shape, element, name="unpack")
+
+    return builder.call_te(compute, *call.args, primfunc_name_hint="unpack")
+
+
+def _register(
+    name: str,
+    arguments: Sequence[str],
+    infer: Callable[[Any, Any], Any],
+    legalize: Callable[[Any, Any], Any],
+) -> None:
+    try:
+        Op.get(name)
+        return  # another import of this file, under another name, has been here
+    except Exception:
+        pass
+    tvm.get_global_func("ir.RegisterOp")(name, "")
+    op = Op.get(name)
+    op.set_num_inputs(len(arguments))
+    for argument in arguments:
+        op.add_argument(argument, "Tensor", "")
+    register_op_attr(name, "FPurity", True)
+    register_op_attr(name, "FInferType", infer)
+    register_legalize(name)(legalize)
+
+
+@functools.cache
+def register() -> None:
+    """Register the operators, once a process."""
+    _register(REQUANTIZE, ["accumulator", "multiplier"], _requantize_type, _legalize_requantize)
+    _register(UNPACK, ["words"], _unpack_type, _legalize_unpack)
+
+
+register()

@@ -1,0 +1,165 @@
+"""The passes by name, their options, and pipelines written as text."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from bitwright.errors import UsageError
+
+__all__ = ["DEFAULT", "Option", "PassInfo", "Pipeline", "available", "parse"]
+
+# Name to where the pass is, in the order in which a pipeline runs them.
+_PASSES = {
+    "propagate-quantization": "propagate_quantization:PropagateQuantization",
+    "partition-for-target": "partition_for_target:PartitionForTarget",
+    "lower-to-integer": "lower_to_integer:LowerToInteger",
+    "pack-weights": "pack_weights:PackWeights",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a pass: ``name`` of type ``type``, and the value it has if left out."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """A pass: what it does, which options it has, what it needs and what then holds."""
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+    requires: str
+    ensures: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes to run, each with the options that are not left at their defaults."""
+
+    options: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: MappingProxyType({name: {} for name in _PASSES})
+    )
+
+    def create(self, **common: Any) -> dict[str, Any]:
+        """Make the passes, by name, in order.
+
+        Parameters
+        ----------
+        common
+            Options given to every pass that has them, unless the pipeline says otherwise.
+        """
+        made = {}
+        for name, options in self.options.items():
+            given = {option.name for option in available()[name].options}
+            shared = {key: value for key, value in common.items() if key in given}
+            made[name] = _pass_class(name)(**{**shared, **options})
+        return made
+
+    def __str__(self) -> str:
+        return ",".join(
+            name + "".join(f"{'=' if i == 0 else ':'}{k}:{v}" for i, (k, v) in enumerate(o.items()))
+            for name, o in self.options.items()
+        )
+
+
+#: What ``compile`` runs by default.
+DEFAULT = Pipeline()
+
+
+def _pass_class(name: str) -> Any:
+    module, _, attribute = _PASSES[name].partition(":")
+    return getattr(importlib.import_module(f"bitwright.passes.{module}"), attribute)
+
+
+@functools.cache
+def available() -> Mapping[str, PassInfo]:
+    """Return the passes by name, in the order in which a pipeline runs them."""
+    return MappingProxyType({name: _describe(name) for name in _PASSES})
+
+
+def _describe(name: str) -> PassInfo:
+    """Read a pass's description from its docstring and signature, which thus cannot disagree."""
+    kind = _pass_class(name)
+    document = inspect.getdoc(kind) or ""
+    prose, _, rest = document.partition("Parameters\n----------\n")
+    helps: dict[str, str] = {}
+    current = ""
+    for line in rest.partition("\n\n")[0].splitlines():
+        if line.startswith(" "):
+            helps[current] = f"{helps[current]} {line.strip()}".strip()
+        elif line:
+            current = line.strip()
+            helps[current] = ""
+    words = " ".join(prose.split())
+    summary = words.partition(";")[0].partition(".")[0] + "."
+    requires = words.partition("Requires: ")[2].partition(" Ensures: ")[0]
+    parameters = [
+        entry
+        for entry in inspect.signature(kind).parameters.values()
+        if entry.kind is not inspect.Parameter.VAR_KEYWORD
+        and entry.kind is not inspect.Parameter.VAR_POSITIONAL
+    ]
+    options = tuple(
+        Option(entry.name, type(entry.default).__name__, entry.default, helps.get(entry.name, ""))
+        for entry in parameters
+    )
+    return PassInfo(name, summary, options, requires, words.partition("Ensures: ")[2])
+
+
+def parse(text: str) -> Pipeline:
+    """Read options of passes, as ``compile --passes`` takes them.
+
+    Parameters
+    ----------
+    text
+        ``pass=option:value:option:value,pass=...``. What is not named keeps its defaults.
+
+    Raises
+    ------
+    UsageError
+        If there is no such pass or option, or a value is of the wrong type.
+    """
+    options: dict[str, dict[str, Any]] = {name: {} for name in _PASSES}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, rest = part.partition("=")
+        if name not in options:
+            raise UsageError(f"there is no pass {name!r}", fix="there are " + ", ".join(options))
+        known = {option.name: option for option in available()[name].options}
+        words = rest.split(":") if rest else []
+        if len(words) % 2:
+            raise UsageError(
+                f"{part!r} is no list of options of {name}", fix=f"write {name}=option:value"
+            )
+        for key, value in zip(words[::2], words[1::2], strict=True):
+            if key not in known:
+                raise UsageError(
+                    f"the pass {name} has no option {key!r}",
+                    fix="it has " + (", ".join(known) or "none"),
+                )
+            options[name][key] = _read(value, known[key], name)
+    return Pipeline(MappingProxyType({name: MappingProxyType(o) for name, o in options.items()}))
+
+
+def _read(text: str, option: Option, name: str) -> object:
+    if option.type == "bool" and text in ("true", "false"):
+        return text == "true"
+    if option.type == "str":
+        return text
+    if option.type in ("int", "float"):
+        try:
+            return int(text) if option.type == "int" else float(text)
+        except ValueError:
+            pass
+    raise UsageError(f"{option.name} of {name} is a {option.type}, not {text!r}")
