@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Needs Python 3.11 to 3.13 (with venv and pip), make and a C
+# `make` alone lists what there is. Needs Python 3.11 to 3.13 (with venv and pip), make and a C++
 # compiler; everything else goes into .venv, at the exact versions of constraints.txt.
 
 SHELL := bash
@@ -22,7 +22,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(VENV)/.dev ## quantize LeNet-5 on real digits at four precisions, print one table
+demo: $(VENV)/.dev ## compile LeNet-5 for two accelerators, run it on real digits, print one table
 	$(PY) examples/lenet_digits/demo.py
 
 .PHONY: test

@@ -10,41 +10,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitwright.artifact import Artifact, load_artifact
+    from bitwright.compilation import (
+        Passes,
+        compile,  # noqa: A004 - the command's name
+        describe_passes,
+        describe_targets,
+    )
     from bitwright.errors import BitwrightError
-    from bitwright.evaluation import Comparison, Evaluation, compare, evaluate
+    from bitwright.evaluation import Comparison, Evaluation, SideBySide, compare, evaluate, run
     from bitwright.inspection import Inspection, inspect
     from bitwright.planning import make_plan
     from bitwright.quantization import quantize
     from bitwright.vocabulary import Layer, Precision, PrecisionPlan
 
 __all__ = [
+    "Artifact",
     "BitwrightError",
     "Comparison",
     "Evaluation",
     "Inspection",
     "Layer",
+    "Passes",
     "Precision",
     "PrecisionPlan",
+    "SideBySide",
     "compare",
+    "compile",
+    "describe_passes",
+    "describe_targets",
     "evaluate",
     "inspect",
+    "load_artifact",
     "make_plan",
     "quantize",
+    "run",
 ]
 
 _HOMES = {
+    "Artifact": "artifact",
     "BitwrightError": "errors",
     "Comparison": "evaluation",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "Layer": "vocabulary",
+    "Passes": "compilation",
     "Precision": "vocabulary",
     "PrecisionPlan": "vocabulary",
+    "SideBySide": "evaluation",
     "compare": "evaluation",
+    "compile": "compilation",
+    "describe_passes": "compilation",
+    "describe_targets": "compilation",
     "evaluate": "evaluation",
     "inspect": "inspection",
+    "load_artifact": "artifact",
     "make_plan": "planning",
     "quantize": "quantization",
+    "run": "evaluation",
 }
 
 

@@ -143,12 +143,13 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(plain(document), indent=2))
 
 
-def _input_shapes(entries: Sequence[str]) -> dict[str, list[int]]:
-    shapes = {}
+def _input_shapes(entries: Sequence[str]) -> dict[str, list[int | None]]:
+    shapes: dict[str, list[int | None]] = {}
     for number, entry in enumerate(entries, start=1):
         name, separator, sizes = entry.rpartition("=")
         try:
-            shapes[name] = [int(size) for size in sizes.split(",")] if sizes.strip() else []
+            words = sizes.split(",") if sizes.strip() else []
+            shapes[name] = [None if word.strip() == "?" else int(word) for word in words]
         except ValueError:
             separator = ""
         if not separator:
@@ -158,15 +159,20 @@ def _input_shapes(entries: Sequence[str]) -> dict[str, list[int]]:
     return shapes
 
 
+InputShape = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="NAME=SIZES",
+        help="Fix symbolic sizes, e.g. x=1,3,224,224; ? leaves one as it is.",
+    ),
+]
+
+
 @_command
 def inspect(
     model: Model,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input-shape", metavar="NAME=SIZES", help="Fix symbolic sizes, e.g. x=1,3,224,224."
-        ),
-    ] = None,
+    input_shape: InputShape = None,
     as_json: Json = False,
 ) -> None:
     """Show the layers of a model, and why all other operators are none."""
@@ -361,6 +367,169 @@ def compare(
         from bitwright.tables import print_comparison
 
         print_comparison(result)
+
+
+@_command
+def compile_(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="An accelerator (bitwright targets), or a description (.yaml).")
+    ],
+    output: Annotated[Path, _file_option("--output", "-o", help="The folder to write.")],
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
+    ] = None,
+    plan: Annotated[
+        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, _file_option(help="Samples (.npz) to quantize a float model with.")
+    ] = None,
+    input_shape: InputShape = None,
+    passes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=OPTION:VALUE,...", help="Passes and their options (bitwright passes)."
+        ),
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the artefact if it exists.")
+    ] = False,
+    keep_qdq: Annotated[
+        bool, typer.Option(help="Keep the quantized ONNX model, for bitwright run to compare.")
+    ] = True,
+    dump_ir: Annotated[
+        Path | None, _file_option(help="Folder for the module after each pass, as text.")
+    ] = None,
+    clip: Annotated[
+        Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")
+    ] = "mmse",
+    percentile: Annotated[
+        float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
+    ] = 99.99,
+    per_channel: Annotated[
+        bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
+    ] = True,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
+    ] = False,
+    elementwise_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a float or quantized model into an artefact that computes in integers."""
+    from bitwright.compilation import compile as run
+
+    with _progress("compiling") as progress:
+        artifact = run(
+            model,
+            target,
+            output=output,
+            precision=precision,
+            plan=plan,
+            calibration=calibration,
+            input_shapes=_input_shapes(input_shape or []),
+            passes=passes,
+            overwrite=overwrite,
+            keep_qdq=keep_qdq,
+            dump_ir=dump_ir,
+            clip=clip,
+            percentile=percentile,
+            per_channel=per_channel,
+            asymmetric=asymmetric,
+            elementwise_bits=elementwise_bits,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(artifact.manifest.model_dump(mode="json"))
+    else:
+        from bitwright.tables import print_artifact
+
+        print_artifact(artifact)
+
+
+@_command
+def run(
+    artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact.", readable=False)],
+    data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
+    metric: Annotated[
+        str, typer.Option(help="top1, top5, mse, sqnr, a plug-in, or package.module:Class.")
+    ] = "top1",
+    float_model: Annotated[
+        Path | None, _file_option("--float", help="The float model [default: what was compiled].")
+    ] = None,
+    reference: Annotated[
+        bool, typer.Option(help="Run the integer reference too, which is slow.")
+    ] = True,
+    batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the artefact [default: one a processor].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run an artefact on data, side by side with the models it was made from."""
+    from bitwright.evaluation import run as execute
+
+    with _progress("running") as progress:
+        result = execute(
+            artifact,
+            data,
+            metric=metric,
+            float_model=float_model,
+            reference=reference,
+            batch_size=batch_size,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_side_by_side
+
+        print_side_by_side(result)
+
+
+@_command
+def passes(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="An artefact: what they did to it.", readable=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes with their options, or what they did to a model."""
+    from bitwright.compilation import describe_passes
+
+    result = describe_passes(artifact)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_applied_passes, print_passes
+
+        if artifact is None:
+            print_passes(result)
+        else:
+            print_applied_passes(result, artifact)
+
+
+@_command
+def targets(as_json: Json = False) -> None:
+    """List the accelerators, and the precisions that they can do."""
+    from bitwright.compilation import describe_targets
+
+    result = describe_targets()
+    if as_json:
+        _print_json([entry.model_dump(by_alias=True) for entry in result.values()])
+    else:
+        from bitwright.tables import print_targets
+
+        print_targets(result.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

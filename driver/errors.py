@@ -8,6 +8,7 @@ change, 1 where a correct request failed while running.
 from __future__ import annotations
 
 __all__ = [
+    "ArtifactError",
     "BitwrightError",
     "DataError",
     "Interrupted",
@@ -39,6 +40,8 @@ class BitwrightError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        if fix is None and "\n  " in what:  # one of ours that came through TVM as a text
+            what, fix = what.split("\n  ", 1)
         self.what = what
         self.where = where
         self.fix = fix
@@ -68,6 +71,10 @@ class ModelError(BitwrightError):
 
 class PlanError(BitwrightError):
     """A precision or a precision plan is not valid or does not fit the model."""
+
+
+class ArtifactError(BitwrightError):
+    """An artefact is damaged, made by a newer version, or not made for this machine."""
 
 
 class DataError(BitwrightError):

@@ -96,7 +96,7 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path, *, input_shapes: Mapping[str, Sequence[int]] | None = None
+    model: str | Path, *, input_shapes: Mapping[str, Sequence[int | None]] | None = None
 ) -> Inspection:
     """Find the layers of an ONNX model.
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bitwright.evaluation import Comparison
+from bitwright.artifact import Artifact, HostOperator, LayerEntry
+from bitwright.compilation import Passes
+from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection
 from bitwright.quant.quantizer import Quantized, TensorSummary
+from bitwright.targets import Accelerator
 from bitwright.vocabulary import Dim, Layer
 
-__all__ = ["print_comparison", "print_inspection", "print_quantized"]
+__all__ = [
+    "print_applied_passes",
+    "print_artifact",
+    "print_comparison",
+    "print_inspection",
+    "print_passes",
+    "print_quantized",
+    "print_side_by_side",
+    "print_targets",
+]
 
 
 def _console() -> Console:
@@ -26,8 +39,8 @@ def _console() -> Console:
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=escape(title), title_justify="left", header_style="bold")
-    for heading in left:
-        table.add_column(heading, overflow="fold")
+    for number, heading in enumerate(left):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)
     for heading in right:
         table.add_column(heading, justify="right")
     return table
@@ -196,3 +209,148 @@ def print_comparison(result: Comparison) -> None:
         f"equal on equal input codes: {100 * result.equal_share:.4f} %; "
         f"end to end: {100 * result.equal_share_end_to_end:.4f} %"
     )
+
+
+_FORMS: Final[Mapping[Form, str]] = {
+    "float": "float ONNX, onnxruntime",
+    "qdq": "QDQ ONNX, onnxruntime",
+    "reference": "QDQ ONNX, integer reference",
+    "artifact": "artefact",
+}
+
+
+def _layer_table(layers: Iterable[LayerEntry], title: str) -> Table:
+    table = _table(
+        title,
+        ["layer", "operator", "precision", "kernel"],
+        ["accumulator", "weights", "bytes", "bytes fp32"],
+    )
+    for layer in layers:
+        table.add_row(
+            escape(layer.name),
+            escape(layer.operator),
+            layer.precision,
+            "bitwright" if layer.kernel else "TVM",
+            f"int{layer.accumulator_bits}",
+            _count(layer.weight_count or None),  # none where both operands are computed
+            _count(layer.weight_bytes or None),
+            _count(layer.float_weight_bytes or None),
+        )
+    return table
+
+
+def _print_host_operators(console: Console, operators: Sequence[HostOperator]) -> None:
+    if operators:
+        table = _table("stay float, on the host", ["operator", "name", "why"], [])
+        for entry in operators:
+            table.add_row(escape(entry.operator), escape(entry.name), escape(entry.reason))
+        console.print(table)
+
+
+def print_artifact(artifact: Artifact) -> None:
+    """Print the layers of an artefact, what stays float, and sizes."""
+    console = _console()
+    manifest = artifact.manifest
+    title = f"{Path(manifest.model.source).name} compiled for {manifest.target}: {artifact.folder}"
+    console.print(_layer_table(manifest.layers, title))
+    _print_host_operators(console, manifest.host_operators)
+    if any(not layer.kernel for layer in manifest.layers):
+        console.print(
+            "note: TVM's own, slow code computes the layers without a kernel of bitwright"
+        )
+        if any(isinstance(dim, str) for entry in manifest.inputs for dim in entry.shape or ()):
+            console.print("      if the sizes of images are symbolic: --input-shape fixes them")
+    console.print(
+        f"weights {_bytes(manifest.float_weight_bytes)} -> {_bytes(manifest.weight_bytes)} "
+        f"({manifest.float_weight_bytes / max(manifest.weight_bytes, 1):.2f}x smaller); tables "
+        f"{_bytes(sum(e.bytes for e in manifest.parameters if '.table' in e.name))}"
+    )
+    sizes = (f"{name} {_bytes(entry.bytes)}" for name, entry in manifest.files.items())
+    console.print(", ".join(sizes))
+    console.print(f"run it: bitwright run {escape(str(artifact.folder))} --data FILE.npz")
+
+
+def print_side_by_side(result: SideBySide) -> None:
+    """Print what every form of a model reaches, and how equal the outputs are."""
+    console = _console()
+    error = result.unit == "fraction" and result.higher_is_better
+    table = _table(
+        f"{Path(result.source).name}: {result.samples} samples",
+        ["form"],
+        [result.metric, *(["error"] if error else []), "seconds", "ms a sample", "equal", "close"],
+    )
+    for entry in result.forms:
+        table.add_row(
+            _FORMS[entry.form],
+            _measured(entry.value, result.unit),
+            *([_measured(1 - entry.value, result.unit)] if error else []),
+            f"{entry.seconds:.3f}",
+            f"{1000 * entry.seconds / result.samples:.3f}",
+            f"{100 * entry.equal_share:.4f} %",
+            f"{100 * entry.close_share:.4f} %",
+        )
+    console.print(table)
+    console.print(
+        "equal: share of output values that the artefact has to the last bit; close: up to the "
+        "rounding of float32 (1e-4)"
+    )
+    if result.equal_codes_share is not None:
+        console.print(
+            f"codes inside the model: {100 * result.equal_codes_share:.4f} % of those of QDQ in "
+            f"onnxruntime are the integers' ({result.compared_samples} samples)"
+        )
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _measured(value: float, unit: str) -> str:
+    return f"{100 * value:.2f} %" if unit == "fraction" else f"{value:.6g} {unit}".rstrip()
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "-"
+
+
+def print_passes(result: Passes) -> None:
+    """Print the passes that are installed, and their options."""
+    console = _console()
+    for entry in result.available:
+        console.print(f"[bold]{escape(entry.name)}[/bold]  {escape(_plain(entry.summary))}")
+        for heading, text in (("requires", entry.requires), ("ensures", entry.ensures)):
+            console.print(escape(f"{heading}: {_plain(text)}"), style="dim")
+    options = _table("options", ["pass", "option", "type", "default", "what it does"], [])
+    for entry in result.available:
+        for option in entry.options:
+            shown = (entry.name, option.name, option.type, option.default, option.help)
+            options.add_row(*(escape(_plain(str(text))) for text in shown))
+    if options.row_count:
+        console.print(options)
+
+
+def _plain(text: str) -> str:
+    """Prose of a docstring without its markup."""
+    return text.replace("``", "")
+
+
+def print_applied_passes(result: Passes, artifact: Path) -> None:
+    """Print which passes made an artefact, and what they did to its model."""
+    console = _console()
+    counts = ["quantizers", "float operators", "integer operators", "layers", "parameters"]
+    table = _table(f"{artifact.name}: what there was after each pass", ["pass", "options"], counts)
+    for entry in result.applied:
+        table.add_row(
+            escape(entry.name),
+            escape(_options(entry.options)),
+            *(str(getattr(entry, heading.replace(" ", "_"))) for heading in counts),
+        )
+    console.print(table)
+    console.print(_layer_table(result.layers, "integer layers"))
+    _print_host_operators(console, result.host_operators)
+
+
+def print_targets(accelerators: Iterable[Accelerator]) -> None:
+    """Print the accelerators and what they can do."""
+    table = _table("targets", ["target", "what it is", "precisions of a layer"], [])
+    for entry in accelerators:
+        table.add_row(*map(escape, (entry.name, entry.summary, str(entry.precisions))))
+    _console().print(table)

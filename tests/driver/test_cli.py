@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -28,11 +29,18 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "quantize": bitwright.quantize,
     "evaluate": bitwright.evaluate,
     "compare": bitwright.compare,
+    "compile": bitwright.compile,
+    "run": bitwright.run,
+    "passes": bitwright.describe_passes,
+    "targets": bitwright.describe_targets,
 }
 Words: TypeAlias = list[str | Path]
 
 # Repeated options of the command line are one mapping of the function.
 NAMES = {"input_shape": "input_shapes", "layer": "layers"}
+
+# Parameters that are no option of the same name.
+SHOWN = {"model": "MODEL", "artifact": "DIR", "as_json": "--json", "float_model": "--float"}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,13 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(few: Path) -> Path:
     path = few.with_name("lenet.w4a8.onnx")
     bitwright.quantize(MODEL, calibration=few, precision="w4a8", output=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compiled(few: Path) -> Path:
+    path = few.with_name("lenet.w4a8")
+    bitwright.compile(MODEL, "bitfusion/eyeriss", calibration=few, precision="w4a8", output=path)
     return path
 
 
@@ -137,7 +152,7 @@ def test_help_of_a_command_names_its_options(
     monkeypatch.setenv("COLUMNS", "200")
     out = run(capsys, name, "--help")
     for option in inspect.signature(command(name)).parameters:
-        shown = {"model": "MODEL", "as_json": "--json"}.get(option, f"--{option.replace('_', '-')}")
+        shown = SHOWN.get(option, f"--{option.replace('_', '-')}")
         assert shown in out, option
 
 
@@ -248,6 +263,70 @@ def test_json_of_compare(capsys: pytest.CaptureFixture[str], few: Path, quantize
     assert printed["regions"]
 
 
+def test_json_of_compile(capsys: pytest.CaptureFixture[str], few: Path, tmp_path: Path) -> None:
+    words: Words = ["--target", "silago/drra", "--precision", "w8a8", "--calibration", few]
+    words += ["--clip", "minmax", "--asymmetric", "--no-per-channel", "--elementwise-bits", "8"]
+    words += ["--batch-size", "7", "--no-keep-qdq", "--passes", "pack-weights=isa:generic"]
+    words += ["--dump-ir", tmp_path / "ir"]
+    printed = strict(run(capsys, "compile", MODEL, *words, "-o", tmp_path / "a", "--json"))
+    assert printed == json.loads((tmp_path / "a" / "manifest.json").read_text())
+    bitwright.compile(
+        MODEL,
+        "silago/drra",
+        precision="w8a8",
+        calibration=few,
+        clip="minmax",
+        asymmetric=True,
+        per_channel=False,
+        elementwise_bits=8,
+        batch_size=7,
+        keep_qdq=False,
+        passes="pack-weights=isa:generic",
+        output=tmp_path / "b",
+    )
+    other = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    del printed["files"]["model.so"], other["files"]["model.so"]  # names of temporary files
+    assert printed == other
+    assert len(list((tmp_path / "ir").iterdir())) >= len(printed["passes"])
+
+
+def test_json_of_run(capsys: pytest.CaptureFixture[str], few: Path, compiled: Path) -> None:
+    words: Words = ["--data", few, "--metric", "sqnr", "--batch-size", "10", "--threads", "1"]
+    printed = strict(run(capsys, "run", compiled, *words, "--float", MODEL, "--json"))
+    result = bitwright.run(
+        compiled, few, metric="sqnr", batch_size=10, threads=1, float_model=MODEL
+    ).to_dict()
+    for entry in (*printed["forms"], *result["forms"]):
+        assert entry.pop("seconds") > 0
+    assert printed == as_json(result)
+    assert [entry["form"] for entry in printed["forms"]] == [
+        "float",
+        "qdq",
+        "reference",
+        "artifact",
+    ]
+
+
+def test_json_of_passes(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
+    printed = strict(run(capsys, "passes", compiled, "--json"))
+    assert printed == as_json(bitwright.describe_passes(compiled).to_dict())
+    assert [layer["name"] for layer in printed["layers"]] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+    assert strict(run(capsys, "passes", "--json"))["applied"] == []
+
+
+def test_json_of_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = strict(run(capsys, "targets", "--json"))
+    assert [entry["name"] for entry in printed] == list(bitwright.describe_targets())
+
+
+def test_text_of_passes_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(capsys, "passes")
+    assert all(entry.name in out for entry in bitwright.describe_passes().available)
+    out = run(capsys, "targets")
+    assert "bitfusion/eyeriss" in out
+    assert "w4a4, w8a8, w16a16" in out
+
+
 def test_infinities_are_texts_in_json(capsys: pytest.CaptureFixture[str], few: Path) -> None:
     words: Words = ["--data", few, "--metric", "sqnr", "--against", MODEL, "--json"]
     assert strict(run(capsys, "evaluate", MODEL, *words))["value"] == "inf"
@@ -300,8 +379,22 @@ def test_text_of_evaluate(capsys: pytest.CaptureFixture[str], few: Path) -> None
     )
 
 
+def test_text_of_run(
+    capsys: pytest.CaptureFixture[str], few: Path, compiled: Path, tmp_path: Path
+) -> None:
+    out = run(capsys, "run", compiled, "--data", few)
+    forms = ("float ONNX", "QDQ ONNX, onnxruntime", "integer reference", "artefact")
+    assert all(form in out for form in forms)
+    assert "note:" not in out
+    moved = shutil.copytree(compiled, tmp_path / "moved")
+    (moved / "model.qdq.onnx").unlink()
+    out = run(capsys, "run", moved, "--data", few)
+    assert "keeps no quantized ONNX model" in out
+    assert "QDQ ONNX" not in out
+
+
 def test_tables_name_every_layer(
-    capsys: pytest.CaptureFixture[str], few: Path, quantized: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], few: Path, quantized: Path, compiled: Path, tmp_path: Path
 ) -> None:
     words: Words = [
         "--calibration",
@@ -316,6 +409,11 @@ def test_tables_name_every_layer(
         run(capsys, "inspect", quantized),
         run(capsys, "quantize", MODEL, *words),
         run(capsys, "compare", quantized, "--data", few),
+        run(
+            *(capsys, "compile", quantized, "--target", "bitfusion/eyeriss"),
+            *("-o", tmp_path / "artifact"),
+        ),
+        run(capsys, "passes", compiled),
     ):
         assert all(layer in out for layer in ("conv1", "conv2", "fc1", "fc2"))
 

@@ -13,9 +13,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+import bitwright
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
 LAYERS = ["conv1", "conv2", "fc1", "fc2", "fc3"]
-PLANS = ["w8a8", "w4a4", "w2a8", "mixed"]
+PLANS = ["w8a8", "w4a4", "mixed"]
+TARGETS = ["bitfusion/eyeriss", "silago/drra"]
 
 
 def arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
@@ -88,30 +91,31 @@ def test_model_is_accurate_on_raw_pixels() -> None:
 
 
 def test_demo_prints_one_table(tmp_path: Path) -> None:
-    first = script("demo.py", "--output", tmp_path / "out", cwd=tmp_path)
-    assert first.returncode == 0, first.stdout + first.stderr
+    done = script("demo.py", "--output", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     rows = {}
-    for line in first.stdout.splitlines():
-        cells = re.findall(r"[\w.,]+", line)
-        if cells and cells[0] in PLANS and len(cells) == 6:
-            rows[cells[0]] = [float(cell.replace(",", "")) for cell in cells[1:]]
-    assert list(rows) == PLANS
-    for name, (float_error, qdq, reference, weight_bytes, file_bytes) in rows.items():
+    for line in done.stdout.splitlines():
+        cells = [cell.strip(" %") for cell in line.split("│")[1:-1]]
+        if len(cells) == 11 and cells[0] in TARGETS:
+            rows[cells[0], cells[1]] = [float(cell.replace(",", "")) for cell in cells[2:]]
+    assert list(rows) == [(target, plan) for target in TARGETS for plan in PLANS]
+    for (target, plan), row in rows.items():
+        float_error, qdq, artifact, equal, weight_bytes, *seconds = row
         assert float_error <= 2.5
-        assert abs(qdq - reference) <= 0.1 + 1e-9
-        assert file_bytes == (tmp_path / "out" / f"lenet-{name}.onnx").stat().st_size
-        assert weight_bytes < file_bytes
+        assert abs(qdq - artifact) <= 0.1 + 1e-9
+        assert equal == 100
+        folder = tmp_path / "out" / f"{target.partition('/')[0]}-{plan}"
+        assert weight_bytes == bitwright.load_artifact(folder).manifest.weight_bytes
+        assert all(value > 0 for value in seconds)
     # 61,470 weights (150 + 2,400 + 48,000 + 10,080 + 840), no bias.
-    assert rows["w8a8"][3] == 61_470
-    assert rows["w4a4"][3] == 30_735
-    assert rows["w2a8"][3] == 38 + 600 + 12_000 + 2_520 + 210  # 150 weights fill 37.5 bytes
-    assert rows["mixed"][3] == 150 + 1_200 + 12_000 + 5_040 + 840
-    assert "2,000 test images" in first.stdout
-
-    again = script("demo.py", "--output", tmp_path / "out", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == first.stdout
+    for target in TARGETS:
+        assert rows[target, "w8a8"][4] == 61_470
+        assert rows[target, "w4a4"][4] == 30_735
+    assert rows[TARGETS[0], "mixed"][4] == 150 + 1_200 + 12_000 + 5_040 + 840
+    assert rows[TARGETS[1], "mixed"][4] == 150 + 2_400 + 24_000 + 5_040 + 840
+    assert "2,000 test images" in done.stdout
+    assert "float32 weights: 245,880 bytes" in done.stdout
 
 
 @pytest.mark.slow

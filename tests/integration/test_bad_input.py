@@ -33,7 +33,7 @@ from bitwright.quant.load import load
 Array = npt.NDArray[Any]
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
-COMMANDS = ["inspect", "plan", "quantize", "evaluate", "compare"]
+COMMANDS = ["inspect", "plan", "quantize", "evaluate", "compare", "compile"]
 
 
 @dataclass
@@ -64,6 +64,13 @@ class Bench:
             given = {"precision": "w8a8", "calibration": self.data, "output": self.output}
         if command in ("evaluate", "compare"):
             given = {"data": self.data}
+        if command == "compile":
+            given = {
+                "target": "bitfusion/eyeriss",
+                "precision": "w8a8",
+                "calibration": self.data,
+                "output": self.folder / "artifact",
+            }
         words = [command, str(model or self.model)]
         for name, value in {**given, **options}.items():
             if value is not None:
@@ -159,7 +166,7 @@ def set_weight(model: onnx.ModelProto, name: str, array: Array) -> None:
 
 
 def test_the_bench_itself_works(bench: Bench) -> None:
-    for command in COMMANDS[:4]:
+    for command in ("inspect", "plan", "quantize", "evaluate", "compile"):
         code, _, err = bench.run(*bench.words(command))
         assert (code, err) == (0, "")
     code, _, err = bench.run(*bench.words("compare", bench.output))
@@ -1634,6 +1641,210 @@ def test_reader_of_the_output_that_goes_away(bench: Bench) -> None:
     os.close(writer)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+# -- artefacts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artifact(bench: Bench) -> Path:
+    assert bench.run(*bench.words("compile"))[0] == 0
+    return bench.folder / "artifact"
+
+
+def run_words(artifact: Path, data: Path) -> list[str]:
+    return ["run", str(artifact), "--data", str(data)]
+
+
+def test_the_artifact_itself_works(bench: Bench, artifact: Path) -> None:
+    code, out, err = bench.run(*run_words(artifact, bench.data))
+    assert (code, err) == (0, "")
+    assert "artefact" in out
+
+
+def test_plan_that_the_target_cannot_do(bench: Bench) -> None:
+    message = bench.refuse(bench.words("compile", target="silago/drra", precision="w4a8"))
+    assert "silago/drra cannot do the precision of 2 layers: conv1 (w4a8), fc1 (w4a8)" in message
+    assert "it allows w4a4, w8a8, w16a16" in message
+
+
+def test_target_that_does_not_exist(bench: Bench) -> None:
+    message = bench.refuse(bench.words("compile", target="bitfusion"))
+    assert "choose one of bitfusion/eyeriss, silago/drra" in message
+    missing = bench.folder / "missing.yaml"
+    assert "cannot be read" in bench.refuse(bench.words("compile", target=missing))
+
+
+def test_passes_that_do_not_exist(bench: Bench) -> None:
+    assert "'frob'" in bench.refuse(bench.words("compile", passes="frob"))
+    assert "'frob'" in bench.refuse(bench.words("compile", passes="pack-weights=frob:1"))
+
+
+def test_operators_that_cannot_be_compiled(bench: Bench) -> None:
+    def weights(*shape: int) -> Array:
+        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+    model = text_model(
+        """
+        g (float[2, 3, 4] x) => (float[2, 1, 3, 2] y, float[2, 3, 5] m, float[2, 1, 3, 2] z) {
+            [one] y = LSTM <hidden_size: int = 2> (x, lw, lr)
+            [two] m = MatMul (x, w)
+            [three] z = GRU <hidden_size: int = 2> (x, gw, gr)
+        }
+        """,
+        lw=weights(1, 8, 4),
+        lr=weights(1, 8, 2),
+        w=weights(4, 5),
+        gw=weights(1, 6, 4),
+        gr=weights(1, 6, 2),
+    )
+    onnx.save(model, bench.model)
+    np.savez(bench.data, x=np.ones((3, 2, 3, 4), np.float32))
+    message = bench.refuse(bench.words("compile"))
+    assert "cannot be compiled: LSTM 'one', GRU 'three'" in message
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "artifact", "link"])
+def test_output_folder_that_exists(bench: Bench, kind: str) -> None:
+    path = bench.folder / "artifact"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "precious").touch()
+    elif kind == "link":
+        path.symlink_to(bench.folder)
+    else:
+        assert bench.run(*bench.words("compile"))[0] == 0
+    assert "exists already" in bench.refuse(bench.words("compile"))
+    if kind != "artifact":
+        assert "is no artefact" in bench.refuse(bench.words("compile", overwrite=True))
+
+
+def test_missing_compiler(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(bench.folder))
+    assert "there is no C++ compiler" in bench.refuse(bench.words("compile"))
+
+
+def test_compiler_that_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = bench.folder / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'ld: no space left' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = bench.state()
+    code, out, err = bench.run(*bench.words("compile"))
+    assert (code, out) == (1, "")
+    assert "the C++ compiler cannot link the library (ld: no space left)" in checked(err)
+    log = bench.folder / "artifact.bitwright-error.log"
+    assert str(log) in err
+    assert "Traceback" in log.read_text()
+    log.unlink()
+    assert bench.state() == before
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.params", "model.so", "plan.json", "model.qdq.onnx"])
+def test_damaged_artifact(bench: Bench, artifact: Path, name: str) -> None:
+    damaged(artifact / name)
+    message = bench.refuse(run_words(artifact, bench.data))
+    assert f"{artifact / name}: is damaged: its checksum is wrong" in message
+
+
+@pytest.mark.parametrize("command", ["run", "passes"])
+def test_artifact_of_a_newer_schema(bench: Bench, artifact: Path, command: str) -> None:
+    path = artifact / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+    words = run_words(artifact, bench.data) if command == "run" else ["passes", str(artifact)]
+    message = bench.refuse(words)
+    assert f"{path}: schema_version is 2" in message
+    assert "reads schema version 1" in message
+
+
+@pytest.mark.parametrize("command", ["run", "passes"])
+def test_no_artifact(bench: Bench, command: str) -> None:
+    options = ["--data", str(bench.data)] if command == "run" else []
+    assert "there is no such folder" in bench.refuse([command, str(bench.output), *options])
+    assert "is no artefact" in bench.refuse([command, str(bench.folder), *options])
+    assert "there is no such folder" in bench.refuse([command, str(bench.model), *options])
+
+
+@pytest.mark.parametrize(
+    "arrays, expected",
+    [
+        ({"x": small_samples()[:, 0]}, "does not fit model input 'x'"),
+        ({"x": small_samples()[:, :, :5]}, "does not fit model input 'x'"),
+        ({"x": small_samples().astype(np.complex64)}, "not numbers"),
+        ({"a": small_samples(), "b": small_samples()}, "no array for model input 'x'"),
+        ({"x": small_samples()[:0]}, "no samples"),
+        ({"x": np.full((6, 2, 6, 6), np.nan, np.float32)}, "sample 0 holds NaN"),
+    ],
+    ids=["rank", "size", "type", "name", "empty", "nan"],
+)
+def test_data_that_do_not_fit_the_artifact(
+    bench: Bench, artifact: Path, arrays: dict[str, Array], expected: str
+) -> None:
+    labels = {"labels": np.zeros(len(next(iter(arrays.values()))), np.int64)}
+    np.savez(bench.data, **arrays, **labels)  # type: ignore[arg-type]  # mypy: the options of savez
+    assert expected in bench.refuse(run_words(artifact, bench.data))
+
+
+def test_full_disk_while_compiling(bench: Bench) -> None:
+    before = bench.state()
+    done = subprocess.run(
+        [sys.executable, "-m", "bitwright", *bench.words("compile")],
+        cwd=bench.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    # LLVM ends the process itself, with a message of its own.
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert bench.state() == before
+
+
+def test_full_disk_while_an_artifact_is_written(bench: Bench) -> None:
+    """The library is linked; its copy does not fit any more."""
+    code = f"""
+import resource, shutil
+import bitwright.artifact
+from bitwright.cli import main
+copy = shutil.copy
+def full(*paths):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    return copy(*paths)
+shutil.copy = full
+raise SystemExit(main({bench.words("compile")!r}))
+"""
+    before = bench.state()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert "cannot be written (File too large)" in checked(done.stderr)
+    assert bench.state() == before
+
+
+@pytest.mark.parametrize("module", ["tvm", "pydantic"])
+def test_interrupted_while_a_compiler_is_loaded(bench: Bench, module: str) -> None:
+    before = bench.state()
+    code = INTERRUPT_AT_IMPORT.format(module=module, words=bench.words("compile"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert checked(done.stderr).startswith("error: interrupted\n")
+    assert bench.state() == before
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------

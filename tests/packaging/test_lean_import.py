@@ -20,6 +20,8 @@ HEAVY = {
     "pymoo",
     "torch",
     "tvm",
+    "tvm_ffi",
+    "yaml",
 }
 
 # The command line ends with SystemExit, so what was loaded is written in a `finally`.
@@ -56,6 +58,14 @@ def test_loads_nothing_heavy(code: str, tmp_path: Path) -> None:
     assert not modules & HEAVY, f"loaded: {', '.join(sorted(modules & HEAVY))}"
 
 
+@pytest.mark.parametrize(
+    "code", ["import bitwright.tables", "import bitwright; bitwright.describe_targets()"]
+)
+def test_tvm_is_loaded_only_where_it_compiles_or_runs(code: str, tmp_path: Path) -> None:
+    modules, _ = loaded_by(code, tmp_path)
+    assert not modules & {"torch", "tvm", "tvm_ffi"}
+
+
 def test_the_check_sees_a_heavy_module(tmp_path: Path) -> None:
     modules, _ = loaded_by("import bitwright, numpy", tmp_path)
     assert modules & HEAVY == {"numpy"}
@@ -63,5 +73,5 @@ def test_the_check_sees_a_heavy_module(tmp_path: Path) -> None:
 
 def test_help_names_the_commands(tmp_path: Path) -> None:
     _, output = loaded_by(HELP, tmp_path)
-    for command in ("inspect", "quantize", "evaluate"):
+    for command in ("inspect", "quantize", "evaluate", "compile", "run"):
         assert command in output

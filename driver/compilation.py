@@ -1,0 +1,429 @@
+"""``bitwright compile``: an ONNX model in, an artefact out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import re
+import shutil
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from bitwright import targets
+from bitwright.artifact import (
+    Artifact,
+    FloatModel,
+    Host,
+    HostOperator,
+    LayerEntry,
+    ModelEntry,
+    PassEntry,
+    TensorEntry,
+    check_output_folder,
+    load_artifact,
+    needed_features,
+    read_manifest,
+    save_artifact,
+    sha256,
+)
+from bitwright.errors import (
+    BitwrightError,
+    ModelError,
+    OutputError,
+    PlanError,
+    RunError,
+    UsageError,
+    first_line,
+)
+from bitwright.files import write_atomically
+from bitwright.planning import resolve_plan
+from bitwright.quant.float_ops import Array
+from bitwright.quant.layers import layer_nodes, quantized_precision
+from bitwright.quant.load import Model, ValueType, load
+from bitwright.quant.observers import ClipMethod
+from bitwright.quant.quantizer import quantize_model
+from bitwright.quant.samples import ProgressCallback, Samples
+from bitwright.targets import Accelerator
+from bitwright.vocabulary import Precision, PrecisionPlan
+
+__all__ = ["Passes", "compile", "describe_passes", "describe_targets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Result of :func:`describe_passes`.
+
+    Attributes
+    ----------
+    available
+        The passes that are installed: names, options, what they require and ensure.
+    applied
+        Those that an artefact was compiled with, in their order, with what they did.
+    layers, host_operators
+        What they made of the artefact's model: integer layers, and what stays float.
+    """
+
+    available: tuple[Any, ...]
+    applied: tuple[PassEntry, ...]
+    layers: tuple[LayerEntry, ...]
+    host_operators: tuple[HostOperator, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "available": [asdict(entry) for entry in self.available],
+            "applied": [entry.model_dump() for entry in self.applied],
+            "layers": [entry.model_dump() for entry in self.layers],
+            "host_operators": [entry.model_dump() for entry in self.host_operators],
+        }
+
+
+def describe_passes(artifact: str | Path | None = None) -> Passes:
+    """List the passes, and what they did to a model.
+
+    Parameters
+    ----------
+    artifact
+        A folder that :func:`compile` wrote.
+
+    Raises
+    ------
+    ArtifactError
+        If the folder is no artefact.
+    """
+    from bitwright.passes.registry import available
+
+    passes = tuple(available().values())
+    if artifact is None:
+        return Passes(passes, (), (), ())
+    manifest = read_manifest(Path(artifact))
+    return Passes(passes, manifest.passes, manifest.layers, manifest.host_operators)
+
+
+def describe_targets() -> dict[str, Accelerator]:
+    """The accelerators that are installed, by name.
+
+    Raises
+    ------
+    UsageError
+        If a description cannot be read, or two have the same name.
+    """
+    return targets.available()
+
+
+def compile(  # noqa: A001 - the command's name
+    model: str | Path,
+    target: str | Path,
+    *,
+    output: str | Path,
+    precision: str | Precision | None = None,
+    plan: PrecisionPlan | str | Path | None = None,
+    calibration: str | Path | Mapping[str, Array] | None = None,
+    input_shapes: Mapping[str, Sequence[int | None]] | None = None,
+    passes: str = "",
+    overwrite: bool = False,
+    keep_qdq: bool = True,
+    dump_ir: str | Path | None = None,
+    clip: ClipMethod = "mmse",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    asymmetric: bool = False,
+    elementwise_bits: int | None = None,
+    batch_size: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Artifact:
+    """Compile a model into an artefact that computes in the integers of an accelerator.
+
+    Parameters
+    ----------
+    model
+        An ONNX file. A float model is quantized first; a model that is quantized already, by
+        bitwright or another tool, is taken as it is, without any option of quantization.
+    target
+        An accelerator: its name, or the path of its description.
+    output
+        The folder to write.
+    precision
+        For a float model: one precision for all layers, for example ``w8a8``; or
+    plan
+        a precision plan, or the file of one.
+    calibration
+        For a float model: a few hundred real samples, as in :func:`bitwright.quantize`.
+    input_shapes
+        Fixes symbolic sizes of the inputs; None leaves one symbolic. Kernels want the sizes of
+        images fixed: TVM's own, slow code computes the layers of others. Batches may be symbolic.
+    passes
+        Passes to add or to set options of, for example ``pack-weights=isa:generic``;
+        :func:`bitwright.describe_passes` lists them.
+    overwrite
+        Whether an artefact at ``output`` is replaced.
+    keep_qdq
+        Whether the artefact keeps the quantized ONNX model, for :func:`bitwright.run` to compare.
+    dump_ir
+        A folder for the module after each pass, as text.
+    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+        Options of quantization, as in :func:`bitwright.quantize`.
+    progress
+        Called with steps done and in total.
+
+    Returns
+    -------
+    Artifact
+        The artefact, loaded.
+
+    Raises
+    ------
+    ModelError, PlanError, DataError, OutputError, UsageError
+        If the model, the plan, the samples, the output or an option has to change.
+    RunError
+        If TVM fails; a file beside the output holds its full message.
+    """
+    folder = check_output_folder(output, overwrite=overwrite)
+    dumps = None if dump_ir is None else _dump_folder(dump_ir)
+    accelerator = targets.get(target)
+    loaded = load(model)
+    _refuse_other_quantization(loaded)
+    if input_shapes:
+        loaded.with_input_shapes(input_shapes)  # refuses before any work what does not fit
+    options: dict[str, Any] = {
+        "clip": clip,
+        "percentile": percentile,
+        "per_channel": per_channel,
+        "asymmetric": asymmetric,
+        "batch_size": batch_size,
+    }
+    choice: dict[str, Any] = {
+        "precision": precision,
+        "plan": plan,
+        "elementwise_bits": elementwise_bits,
+    }
+    if loaded.is_quantized:
+        _refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
+        complete = _plan_of(loaded)
+        accelerator.check(complete.layers, where=loaded.source)
+    else:
+        complete = _plan_for(loaded, accelerator, **choice)
+        if calibration is None:
+            raise UsageError(
+                f"{loaded.source} is a float model, and there are no samples to quantize it with",
+                fix="name them: --calibration FILE.npz",
+            )
+    _check_compiler()
+    pipeline = _pipeline(passes, target)
+
+    from bitwright.importer import check_operators, import_model
+    from bitwright.passes.build import build
+
+    check_operators(loaded)
+
+    quantized, float_model = loaded, None
+    if calibration is not None:
+        samples = Samples(calibration, loaded.inputs)
+        result = quantize_model(loaded, complete, samples, progress=progress, **options)
+        complete = result.plan
+        quantized = load(result.model)
+        quantized.source = loaded.source  # for messages
+        float_model = FloatModel(path=str(Path(model).absolute()), sha256=sha256(Path(model)))
+    complete = replace(complete, target=accelerator.name)
+    if input_shapes:
+        quantized = quantized.with_input_shapes(input_shapes)
+
+    steps = len(pipeline.options) + 1  # the last one is code generation
+    done = itertools.count()
+
+    def step(_name: str) -> None:
+        if progress is not None:
+            progress(next(done), steps)
+
+    log = folder.with_name(f"{folder.name}.bitwright-error.log")
+    with _told_in_one_sentence(log, layer_nodes(quantized)):
+        built = build(
+            import_model(quantized), accelerator, pipeline=pipeline, dump_ir=dumps, progress=step
+        )
+        manifest: dict[str, Any] = {
+            "target": accelerator.name,
+            "model": ModelEntry(
+                source=loaded.source,
+                structure_hash=quantized.structure_hash,
+                weights_hash=quantized.weights_hash,
+                float_model=float_model,
+            ),
+            "inputs": tuple(map(_tensor, quantized.inputs)),
+            "outputs": tuple(map(_tensor, quantized.outputs)),
+            "layers": tuple(map(_layer, built.layers)),
+            "host_operators": tuple(HostOperator(**asdict(e)) for e in built.host_operators),
+            "passes": tuple(map(_pass, built.passes)),
+            "host": Host(
+                machine=platform.machine(),
+                target=built.target,
+                features=needed_features(accelerator.tvm_target(built.target)),
+            ),
+        }
+        save_artifact(
+            folder,
+            manifest=manifest,
+            export=built.executable.export_library,
+            parameters=built.parameters,
+            plan=complete,
+            qdq_model=quantized.to_proto().SerializeToString() if keep_qdq else None,
+            overwrite=overwrite,
+        )
+    log.unlink(missing_ok=True)  # of an earlier try
+    return load_artifact(folder)
+
+
+_OTHER_QUANTIZATION = frozenset(
+    "ConvInteger DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul".split()
+)
+
+
+def _refuse_other_quantization(model: Model) -> None:
+    for node in model.graph:
+        if node.op_type in _OTHER_QUANTIZATION:
+            raise ModelError(
+                f"is quantized in another form than QDQ: {node.op_type} {node.name!r}",
+                where=model.source,
+                fix="quantize it statically in QDQ form (onnxruntime: QuantFormat.QDQ), or compile "
+                "the float model",
+            )
+
+
+def _plan_for(
+    model: Model,
+    accelerator: Accelerator,
+    *,
+    precision: str | Precision | None,
+    plan: PrecisionPlan | str | Path | None,
+    elementwise_bits: int | None,
+) -> PrecisionPlan:
+    """The plan for a float model, once the accelerator can do it."""
+    complete = resolve_plan(model, precision, plan, elementwise_bits)
+    where = str(plan) if isinstance(plan, str | Path) else "plan"
+    if complete.target not in (None, accelerator.name):
+        raise PlanError(
+            f"was made for {complete.target}, not for {accelerator.name}",
+            where=where,
+            fix="make a plan for this target, or remove target from the plan if its precisions "
+            "are meant to carry over",
+        )
+    accelerator.check(complete.layers, where=where)
+    return complete
+
+
+def _plan_of(model: Model) -> PrecisionPlan:
+    """The plan that a quantized model follows; layers that stayed float have no precision."""
+    precisions = {name: quantized_precision(node) for name, node in layer_nodes(model).items()}
+    widths = [
+        node.outputs[0].dtype.bitwidth
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and node.outputs[0].dtype is not None
+    ]
+    return PrecisionPlan(
+        layers={name: entry for name, entry in precisions.items() if entry is not None},
+        elementwise_bits=16 if max(widths, default=8) > 8 else 8,
+        structure_hash=model.structure_hash,
+        weights_hash=model.weights_hash,
+    )
+
+
+def _refuse_options(options: Mapping[str, Any], source: str) -> None:
+    """Refuse options of quantization for a model that is quantized already."""
+    defaults = signature(compile).parameters
+    given = [name for name, value in options.items() if value != defaults[name].default]
+    if given:
+        raise UsageError(
+            f"{source} is quantized already, and there is an option of quantization: "
+            f"--{given[0].replace('_', '-')}",
+            fix="leave it out, or compile the float model",
+        )
+
+
+def _pipeline(passes: str, target: str | Path) -> Any:
+    from bitwright.passes.registry import Pipeline, parse
+
+    pipeline = parse(passes)
+    if "target" in pipeline.options["partition-for-target"]:
+        raise UsageError("the target of partition-for-target is that of --target")
+    if not targets.is_file(target):
+        return pipeline
+    # A pass finds an accelerator by its name; that of a file is not known elsewhere.
+    name = "partition-for-target"
+    option = {"target": str(target), **pipeline.options[name]}
+    return Pipeline({**pipeline.options, name: option})
+
+
+def _check_compiler() -> None:
+    """Refuse to start without the compiler that links the library."""
+    from tvm.support.cc import get_cc
+
+    compiler = get_cc()
+    if compiler is None or shutil.which(compiler) is None:
+        raise UsageError(
+            f"the C++ compiler {compiler!r} does not exist"
+            if compiler
+            else "there is no C++ compiler, which links the library",
+            fix="install one, g++ or clang++, or name one in the environment variable CXX",
+        )
+
+
+def _dump_folder(path: str | Path) -> Path:
+    """A folder that can be written; it is made when there is something to write."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("cannot be made (File exists)", where=str(folder))
+    there = folder if folder.exists() else folder.absolute().parent
+    if not there.is_dir():
+        raise OutputError("cannot be made (No such file or directory)", where=str(folder))
+    if not os.access(there, os.W_OK):
+        raise OutputError("the folder is read-only", where=str(there), fix="choose another")
+    return folder
+
+
+@contextmanager
+def _told_in_one_sentence(log: Path, layers: Iterable[str]) -> Iterator[None]:
+    """Turn an error of TVM into one of ours; its full text goes into a file."""
+    try:
+        yield
+    except Exception as error:  # TVM raises many kinds
+        of_tvm = error.__cause__ if isinstance(error, RunError) else error
+        if of_tvm is None or isinstance(of_tvm, BitwrightError):
+            raise
+        # The compiler's fault, or TVM's.
+        ours = isinstance(error, RunError) and "TVM fails" not in error.what
+        text = "".join(traceback.format_exception(error))
+        write_atomically(log, text.encode("utf-8", "backslashreplace"))
+        name = None if ours else _layer_in(str(of_tvm), layers)
+        raise RunError(
+            error.what if isinstance(error, RunError) else f"TVM fails ({first_line(error)})",
+            where="compilation" if name is None else f"layer {name!r}",
+            fix=f"the full message is in {log}" + ("" if ours else "; please report it"),
+        ) from error
+
+
+def _layer_in(text: str, layers: Iterable[str]) -> str | None:
+    """The layer that an error names; TVM's functions are named after layers, as identifiers."""
+    for name in sorted(layers, key=len, reverse=True):
+        words = {re.escape(name), re.escape(re.sub(r"\W", "_", name))}
+        if re.search(rf"(?<![A-Za-z0-9])({'|'.join(words)})(?![A-Za-z0-9])", text):
+            return name
+    return None
+
+
+def _tensor(value: ValueType) -> TensorEntry:
+    return TensorEntry(name=value.name, dtype=str(value.dtype), shape=value.shape)
+
+
+def _layer(layer: Any) -> LayerEntry:
+    return LayerEntry(**asdict(layer), float_weight_bytes=4 * layer.weight_count)
+
+
+def _pass(report: Any) -> PassEntry:
+    fields = asdict(report)
+    del fields["seconds"]  # equal input gives equal files
+    return PassEntry(**fields)
