@@ -159,6 +159,24 @@ def _input_shapes(entries: Sequence[str]) -> dict[str, list[int | None]]:
     return shapes
 
 
+# Options of quantization, which `quantize` and `compile` share.
+Clip = Annotated[Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")]
+Percentile = Annotated[
+    float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
+]
+PerChannel = Annotated[
+    bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
+]
+Asymmetric = Annotated[
+    bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
+]
+ElementwiseBits = Annotated[
+    int | None,
+    typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
+]
+CalibrationBatch = Annotated[
+    int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
+]
 InputShape = Annotated[
     list[str] | None,
     typer.Option(
@@ -244,25 +262,12 @@ def quantize(
         Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
     ] = None,
     overwrite: Overwrite = False,
-    clip: Annotated[
-        Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")
-    ] = "mmse",
-    percentile: Annotated[
-        float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
-    ] = 99.99,
-    per_channel: Annotated[
-        bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
-    ] = True,
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
-    ] = False,
-    elementwise_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
-    ] = None,
+    clip: Clip = "mmse",
+    percentile: Percentile = 99.99,
+    per_channel: PerChannel = True,
+    asymmetric: Asymmetric = False,
+    elementwise_bits: ElementwiseBits = None,
+    batch_size: CalibrationBatch = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a float model, every layer at a precision of its own, into a QDQ model."""
@@ -401,25 +406,12 @@ def compile_(
     dump_ir: Annotated[
         Path | None, _file_option(help="Folder for the module after each pass, as text.")
     ] = None,
-    clip: Annotated[
-        Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")
-    ] = "mmse",
-    percentile: Annotated[
-        float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
-    ] = 99.99,
-    per_channel: Annotated[
-        bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
-    ] = True,
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
-    ] = False,
-    elementwise_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
-    ] = None,
+    clip: Clip = "mmse",
+    percentile: Percentile = 99.99,
+    per_channel: PerChannel = True,
+    asymmetric: Asymmetric = False,
+    elementwise_bits: ElementwiseBits = None,
+    batch_size: CalibrationBatch = None,
     as_json: Json = False,
 ) -> None:
     """Compile a float or quantized model into an artefact that computes in integers."""
