@@ -15,29 +15,36 @@ if TYPE_CHECKING:
         Passes,
         compile,  # noqa: A004 - the command's name
         describe_passes,
+        describe_target,
         describe_targets,
     )
+    from bitwright.costing import Cost, cost
     from bitwright.errors import BitwrightError
     from bitwright.evaluation import Comparison, Evaluation, SideBySide, compare, evaluate, run
     from bitwright.inspection import Inspection, inspect
     from bitwright.planning import make_plan
     from bitwright.quantization import quantize
-    from bitwright.vocabulary import Layer, Precision, PrecisionPlan
+    from bitwright.vocabulary import Layer, LayerCost, ModelCost, Precision, PrecisionPlan
 
 __all__ = [
     "Artifact",
     "BitwrightError",
     "Comparison",
+    "Cost",
     "Evaluation",
     "Inspection",
     "Layer",
+    "LayerCost",
+    "ModelCost",
     "Passes",
     "Precision",
     "PrecisionPlan",
     "SideBySide",
     "compare",
     "compile",
+    "cost",
     "describe_passes",
+    "describe_target",
     "describe_targets",
     "evaluate",
     "inspect",
@@ -51,16 +58,21 @@ _HOMES = {
     "Artifact": "artifact",
     "BitwrightError": "errors",
     "Comparison": "evaluation",
+    "Cost": "costing",
     "Evaluation": "evaluation",
     "Inspection": "inspection",
     "Layer": "vocabulary",
+    "LayerCost": "vocabulary",
+    "ModelCost": "vocabulary",
     "Passes": "compilation",
     "Precision": "vocabulary",
     "PrecisionPlan": "vocabulary",
     "SideBySide": "evaluation",
     "compare": "evaluation",
     "compile": "compilation",
+    "cost": "costing",
     "describe_passes": "compilation",
+    "describe_target": "compilation",
     "describe_targets": "compilation",
     "evaluate": "evaluation",
     "inspect": "inspection",

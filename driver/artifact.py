@@ -62,11 +62,12 @@ Array = npt.NDArray[Any]
 
 SCHEMA_VERSION: Final = 1
 
-MANIFEST, LIBRARY, PARAMETERS, PLAN, QDQ_MODEL = (
+MANIFEST, LIBRARY, PARAMETERS, PLAN, COST, QDQ_MODEL = (
     "manifest.json",
     "model.so",
     "model.params",
     "plan.json",
+    "cost.json",
     "model.qdq.onnx",
 )
 _REQUIRED = (LIBRARY, PARAMETERS, PLAN)
@@ -330,6 +331,7 @@ def save_artifact(
     export: Callable[[str], object],
     parameters: Mapping[str, Array],
     plan: PrecisionPlan,
+    cost: str,
     qdq_model: bytes | None,
     overwrite: bool,
 ) -> Manifest:
@@ -345,8 +347,8 @@ def save_artifact(
         Writes the library to the path it is given.
     parameters
         Name to array, in the order in which the library takes them.
-    plan, qdq_model
-        What else is kept.
+    plan, cost, qdq_model
+        What else is kept; ``cost`` is the text of ``cost.json``.
     overwrite
         Whether an artefact that is there is replaced.
 
@@ -371,6 +373,7 @@ def save_artifact(
         tensors = {name: tvm.runtime.tensor(array) for name, array in parameters.items()}
         (temporary / PARAMETERS).write_bytes(tvm.runtime.save_param_dict(tensors))
         (temporary / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (temporary / COST).write_text(cost, encoding="utf-8")
         if qdq_model is not None:
             (temporary / QDQ_MODEL).write_bytes(qdq_model)
         complete = Manifest(
@@ -718,6 +721,16 @@ class Artifact:
         """The quantized ONNX model, where it was kept."""
         path = self.folder / QDQ_MODEL
         return path if path.is_file() else None
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What ``cost.json`` says the model costs; None where the file was removed."""
+        try:
+            text = (self.folder / COST).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        document: dict[str, Any] = json.loads(text)
+        return document
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model.

@@ -46,6 +46,9 @@ _file_option = functools.partial(typer.Option, readable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", readable=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Target = Annotated[
+    str, typer.Option(help="An accelerator (bitwright targets), or a description (.yaml).")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -68,8 +71,8 @@ def _common(
         logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command that ends with a message instead of a traceback."""
+def _guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """Make a command end with a message instead of a traceback."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -93,6 +96,12 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
             )
             raise typer.Exit(1) from None
 
+    return guarded
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command."""
+    guarded = _guarded(function)
     app.command(name=function.__name__.strip("_"))(guarded)
     return guarded
 
@@ -377,9 +386,7 @@ def compare(
 @_command
 def compile_(
     model: Model,
-    target: Annotated[
-        str, typer.Option(help="An accelerator (bitwright targets), or a description (.yaml).")
-    ],
+    target: Target,
     output: Annotated[Path, _file_option("--output", "-o", help="The folder to write.")],
     precision: Annotated[
         str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
@@ -511,17 +518,93 @@ def passes(
 
 
 @_command
-def targets(as_json: Json = False) -> None:
-    """List the accelerators, and the precisions that they can do."""
+def cost(
+    model: Model,
+    target: Target,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
+    ] = None,
+    plan: Annotated[
+        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A precision of all layers to compare with, e.g. w16a16.")
+    ] = None,
+    input_shape: InputShape = None,
+    plot: Annotated[
+        Path | None, _file_option(help="Write bar charts of the layers into this page (.html).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model costs on an accelerator: cycles, traffic, energy, memory."""
+    from bitwright.costing import cost as run
+
+    result = run(
+        model,
+        target,
+        precision=precision,
+        plan=plan,
+        baseline=baseline,
+        input_shapes=_input_shapes(input_shape or []),
+        plot=plot,
+        overwrite=overwrite,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_cost
+
+        print_cost(result)
+        if plot is not None:
+            typer.echo(f"bar charts: {plot}")
+    result.check_memory()  # the figures say by how much; the exit code says that it does not fit
+
+
+_targets = typer.Typer()
+
+
+@_targets.callback(invoke_without_command=True)
+@_guarded
+def targets(context: typer.Context, as_json: Json = False) -> None:
+    """List the accelerators: what they can do, and where their numbers come from."""
+    if context.invoked_subcommand is not None:
+        return
     from bitwright.compilation import describe_targets
 
     result = describe_targets()
     if as_json:
-        _print_json([entry.model_dump(by_alias=True) for entry in result.values()])
+        found = result.accelerators.values()
+        _print_json([entry.model_dump(mode="json", by_alias=True) for entry in found])
     else:
         from bitwright.tables import print_targets
 
-        print_targets(result.values())
+        print_targets(result)
+    for problem in (*result.problems, *result.clashes.values()):
+        typer.echo(f"not usable: {problem}", err=True)
+
+
+@_targets.command()
+@_guarded
+def show(
+    target: Annotated[
+        str, typer.Argument(metavar="TAG", help="An accelerator, or a description (.yaml).")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the description of an accelerator: every number with its unit and source."""
+    from bitwright.compilation import describe_target
+
+    accelerator = describe_target(target)
+    if as_json:
+        _print_json(accelerator.model_dump(mode="json", by_alias=True))
+    else:
+        from bitwright.tables import print_target
+
+        print_target(accelerator)
+
+
+app.add_typer(_targets, name="targets")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

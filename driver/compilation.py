@@ -32,6 +32,7 @@ from bitwright.artifact import (
     save_artifact,
     sha256,
 )
+from bitwright.costing import cost_document
 from bitwright.errors import (
     BitwrightError,
     ModelError,
@@ -42,17 +43,16 @@ from bitwright.errors import (
     first_line,
 )
 from bitwright.files import write_atomically
-from bitwright.planning import resolve_plan
+from bitwright.planning import plan_for, plan_of
 from bitwright.quant.float_ops import Array
-from bitwright.quant.layers import layer_nodes, quantized_precision
+from bitwright.quant.layers import find_layers, layer_nodes
 from bitwright.quant.load import Model, ValueType, load
 from bitwright.quant.observers import ClipMethod
 from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.targets import Accelerator
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["Passes", "compile", "describe_passes", "describe_targets"]
+__all__ = ["Passes", "compile", "describe_passes", "describe_target", "describe_targets"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,25 @@ def describe_passes(artifact: str | Path | None = None) -> Passes:
     return Passes(passes, manifest.passes, manifest.layers, manifest.host_operators)
 
 
-def describe_targets() -> dict[str, Accelerator]:
-    """The accelerators that are installed, by name.
+def describe_targets() -> targets.Installed:
+    """The accelerators that are installed, and why others cannot be used."""
+    return targets.installed()
+
+
+def describe_target(target: str | Path) -> targets.Accelerator:
+    """The description of an accelerator.
+
+    Parameters
+    ----------
+    target
+        Its name, or the path of its description.
 
     Raises
     ------
     UsageError
-        If a description cannot be read, or two have the same name.
+        If there is no such accelerator, or its description cannot be read.
     """
-    return targets.available()
+    return targets.get(target)
 
 
 def compile(  # noqa: A001 - the command's name
@@ -189,8 +199,6 @@ def compile(  # noqa: A001 - the command's name
     accelerator = targets.get(target)
     loaded = load(model)
     _refuse_other_quantization(loaded)
-    if input_shapes:
-        loaded.with_input_shapes(input_shapes)  # refuses before any work what does not fit
     options: dict[str, Any] = {
         "clip": clip,
         "percentile": percentile,
@@ -205,15 +213,21 @@ def compile(  # noqa: A001 - the command's name
     }
     if loaded.is_quantized:
         _refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
-        complete = _plan_of(loaded)
+        complete = plan_of(loaded)
         accelerator.check(complete.layers, where=loaded.source)
     else:
-        complete = _plan_for(loaded, accelerator, **choice)
+        complete = plan_for(loaded, accelerator, **choice)
         if calibration is None:
             raise UsageError(
                 f"{loaded.source} is a float model, and there are no samples to quantize it with",
                 fix="name them: --calibration FILE.npz",
             )
+    where = str(plan) if isinstance(plan, str | Path) else loaded.source
+    layers, _ = find_layers(loaded)
+    accelerator.check_kinds(layers, complete.layers, where=where)
+    accelerator.check_memory(layers, complete.layers, where=where)
+    sized = loaded.with_input_shapes(input_shapes) if input_shapes else loaded
+    costs = cost_document(sized, accelerator, complete)
     _check_compiler()
     pipeline = _pipeline(passes, target)
 
@@ -271,6 +285,7 @@ def compile(  # noqa: A001 - the command's name
             export=built.executable.export_library,
             parameters=built.parameters,
             plan=complete,
+            cost=costs,
             qdq_model=quantized.to_proto().SerializeToString() if keep_qdq else None,
             overwrite=overwrite,
         )
@@ -292,44 +307,6 @@ def _refuse_other_quantization(model: Model) -> None:
                 fix="quantize it statically in QDQ form (onnxruntime: QuantFormat.QDQ), or compile "
                 "the float model",
             )
-
-
-def _plan_for(
-    model: Model,
-    accelerator: Accelerator,
-    *,
-    precision: str | Precision | None,
-    plan: PrecisionPlan | str | Path | None,
-    elementwise_bits: int | None,
-) -> PrecisionPlan:
-    """The plan for a float model, once the accelerator can do it."""
-    complete = resolve_plan(model, precision, plan, elementwise_bits)
-    where = str(plan) if isinstance(plan, str | Path) else "plan"
-    if complete.target not in (None, accelerator.name):
-        raise PlanError(
-            f"was made for {complete.target}, not for {accelerator.name}",
-            where=where,
-            fix="make a plan for this target, or remove target from the plan if its precisions "
-            "are meant to carry over",
-        )
-    accelerator.check(complete.layers, where=where)
-    return complete
-
-
-def _plan_of(model: Model) -> PrecisionPlan:
-    """The plan that a quantized model follows; layers that stayed float have no precision."""
-    precisions = {name: quantized_precision(node) for name, node in layer_nodes(model).items()}
-    widths = [
-        node.outputs[0].dtype.bitwidth
-        for node in model.graph
-        if node.op_type == "QuantizeLinear" and node.outputs[0].dtype is not None
-    ]
-    return PrecisionPlan(
-        layers={name: entry for name, entry in precisions.items() if entry is not None},
-        elementwise_bits=16 if max(widths, default=8) > 8 else 8,
-        structure_hash=model.structure_hash,
-        weights_hash=model.weights_hash,
-    )
 
 
 def _refuse_options(options: Mapping[str, Any], source: str) -> None:

@@ -11,7 +11,7 @@ from bitwright.quant.layers import NotLayer, find_layers, layer_nodes, quantized
 from bitwright.quant.load import Model, ValueType, load
 from bitwright.vocabulary import Layer, Precision
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "one_sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def inspect(
     """
     original = load(model)
     loaded = original.with_input_shapes(input_shapes) if input_shapes else original
-    counted, assumed = _one_sample(loaded)
+    counted, assumed = one_sample(loaded)
     layers, others = find_layers(counted)
     nodes = layer_nodes(counted)
     return Inspection(
@@ -135,8 +135,8 @@ def inspect(
     )
 
 
-def _one_sample(model: Model) -> tuple[Model, tuple[str, ...]]:
-    """Take symbolic first dimensions as 1 where all others are known."""
+def one_sample(model: Model) -> tuple[Model, tuple[str, ...]]:
+    """Take symbolic first dimensions as 1 where all others are known, and say which."""
     shapes, assumed = {}, []
     for entry in model.inputs:
         if not entry.shape or isinstance(entry.shape[0], int):

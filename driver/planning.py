@@ -7,11 +7,13 @@ from pathlib import Path
 
 from bitwright.errors import ModelError, PlanError, UsageError
 from bitwright.files import check_writable, write_atomically
+from bitwright.quant.layers import layer_nodes, quantized_precision
 from bitwright.quant.load import Model, load
 from bitwright.quant.quantizer import fit_plan
+from bitwright.targets import Accelerator
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["make_plan", "resolve_plan"]
+__all__ = ["make_plan", "plan_for", "plan_of", "resolve_plan"]
 
 
 def make_plan(
@@ -113,3 +115,50 @@ def resolve_plan(
             fix="see docs/precision-plans.md",
         ) from None
     return fit_plan(model, PrecisionPlan.from_json(text, where=str(plan)), where=str(plan))
+
+
+def plan_for(
+    model: Model,
+    accelerator: Accelerator,
+    *,
+    precision: str | Precision | None,
+    plan: PrecisionPlan | str | Path | None,
+    elementwise_bits: int | None = None,
+) -> PrecisionPlan:
+    """The plan that a float model gets on an accelerator.
+
+    Raises
+    ------
+    UsageError
+        If not exactly one of ``precision`` and ``plan`` is given.
+    PlanError
+        If the plan cannot be read, does not fit the model, was made for another accelerator, or
+        asks for what this one cannot do.
+    """
+    complete = resolve_plan(model, precision, plan, elementwise_bits)
+    where = str(plan) if isinstance(plan, str | Path) else "plan"
+    if complete.target not in (None, accelerator.name):
+        raise PlanError(
+            f"was made for {complete.target}, not for {accelerator.name}",
+            where=where,
+            fix="make a plan for this target, or remove target from the plan if its precisions "
+            "are meant to carry over",
+        )
+    accelerator.check(complete.layers, where=where)
+    return complete
+
+
+def plan_of(model: Model) -> PrecisionPlan:
+    """The plan that a quantized model follows; layers that stayed float have no precision."""
+    precisions = {name: quantized_precision(node) for name, node in layer_nodes(model).items()}
+    widths = [
+        node.outputs[0].dtype.bitwidth
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and node.outputs[0].dtype is not None
+    ]
+    return PrecisionPlan(
+        layers={name: entry for name, entry in precisions.items() if entry is not None},
+        elementwise_bits=16 if max(widths, default=8) > 8 else 8,
+        structure_hash=model.structure_hash,
+        weights_hash=model.weights_hash,
+    )

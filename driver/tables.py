@@ -12,20 +12,24 @@ from rich.table import Table
 
 from bitwright.artifact import Artifact, HostOperator, LayerEntry
 from bitwright.compilation import Passes
+from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection
 from bitwright.quant.quantizer import Quantized, TensorSummary
-from bitwright.targets import Accelerator
-from bitwright.vocabulary import Dim, Layer
+from bitwright.targets import Accelerator, Installed
+from bitwright.targets.schema import entries as numbers
+from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [
     "print_applied_passes",
     "print_artifact",
     "print_comparison",
+    "print_cost",
     "print_inspection",
     "print_passes",
     "print_quantized",
     "print_side_by_side",
+    "print_target",
     "print_targets",
 ]
 
@@ -348,9 +352,164 @@ def print_applied_passes(result: Passes, artifact: Path) -> None:
     _print_host_operators(console, result.host_operators)
 
 
-def print_targets(accelerators: Iterable[Accelerator]) -> None:
+def _reference(accelerator: Accelerator) -> str:
+    """Reference for what the accelerator can do."""
+    return accelerator.sources[accelerator.precisions.source].text
+
+
+def _memory(accelerator: Accelerator) -> str:
+    memory = accelerator.weight_memory_bytes
+    return "-" if memory is None else f"{memory.value / 2**20:g} MiB"
+
+
+def print_targets(found: Installed) -> None:
     """Print the accelerators and what they can do."""
-    table = _table("targets", ["target", "what it is", "precisions of a layer"], [])
-    for entry in accelerators:
-        table.add_row(*map(escape, (entry.name, entry.summary, str(entry.precisions))))
+    table = _table(
+        "targets",
+        ["target", "what it is", "precisions of a layer", "costs", "source"],
+        ["weights", "clock"],
+    )
+    for entry in found.accelerators.values():
+        clock = entry.frequency_mhz
+        table.add_row(
+            escape(entry.name),
+            escape(entry.summary),
+            escape(str(entry.precisions)),
+            escape("-" if entry.cost_model is None else entry.cost_model.model),
+            escape(_reference(entry)),
+            _memory(entry),
+            "-" if clock is None else f"{clock:g} MHz",
+        )
     _console().print(table)
+
+
+def print_target(accelerator: Accelerator) -> None:
+    """Print the description of an accelerator: every number, its unit and where it comes from."""
+    console = _console()
+    console.print(f"[bold]{escape(accelerator.name)}[/bold]  {escape(accelerator.summary)}")
+    console.print(f"precisions of a layer: {escape(str(accelerator.precisions))}")
+    console.print(f"kinds of layers: {', '.join(accelerator.layer_kinds)}")
+    tag = accelerator.tag
+    console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
+    model = accelerator.cost_model
+    console.print(escape(f"cost model: {'none' if model is None else model.model}"))
+    table = _table("numbers", ["field", "unit", "basis", "source"], ["value"])
+    for entry in numbers(accelerator):
+        basis = accelerator.sources[entry.source].basis
+        table.add_row(
+            escape(entry.field), entry.unit, basis, escape(entry.source), f"{entry.value:,}"
+        )
+    if table.row_count:
+        console.print(table)
+    for key, source in accelerator.sources.items():
+        console.print(escape(f"{key} ({source.basis}): {source.text}"))
+
+
+def _number(value: float | None) -> str:
+    """A count, or a ratio to four digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value == int(value) or value >= 1e4 else f"{value:,.4g}"
+
+
+def _energy(pj: float | None) -> str:
+    if pj is None:
+        return "-"
+    for factor, unit in ((1e12, "J"), (1e9, "mJ"), (1e6, "uJ"), (1e3, "nJ")):
+        if pj >= factor:
+            return f"{pj / factor:.4g} {unit}"
+    return f"{pj:.4g} pJ"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= factor:
+            return f"{seconds / factor:.4g} {unit}"
+    return f"{seconds / 1e-6:.4g} us"
+
+
+def _part(part: float | None, whole: float | None) -> str:
+    return "-" if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def print_cost(result: Cost) -> None:
+    """Print what every layer of a model costs on an accelerator, and all of them together."""
+    console = _console()
+    total = result.cost
+    # Ratios stand under a name of their own, so that nobody takes them for cycles.
+    relative = total.cycles is None and total.relative_cycles is not None
+    quantity = "relative_cycles" if relative else "cycles"
+    table = _table(
+        f"{Path(result.source).name} on {total.target}",
+        ["layer", "kind", "precision"],
+        [
+            *("MACs", quantity.replace("_", " "), "share", "utilization", "stalls"),
+            *("DRAM read", "DRAM write", "energy", "weights", "bound"),
+        ],
+    )
+
+    def row(entry: LayerCost | ModelCost, *first: str, bound: str | None) -> None:
+        weights = entry.weight_bits if isinstance(entry, LayerCost) else entry.memory_bits
+        utilization = entry.utilization
+        table.add_row(
+            *first,
+            _number(entry.macs),
+            _number(getattr(entry, quantity)),
+            _part(getattr(entry, quantity), getattr(total, quantity)),
+            "-" if utilization is None else f"{100 * utilization:.1f} %",
+            _part(entry.stall_cycles, entry.cycles),
+            *(_bits(bits) for bits in (entry.dram_read_bits, entry.dram_write_bits)),
+            _energy(entry.total_energy_pj),
+            _bits(weights),
+            bound or "-",
+        )
+
+    for layer, cost in zip(result.layers, total.layers, strict=True):
+        row(cost, escape(cost.layer), _kind(layer), str(cost.precision), bound=cost.bound)
+    table.add_section()
+    row(total, "total", "", "", bound="")
+    console.print(table)
+    if total.seconds is not None:
+        console.print(f"time: {_time(total.seconds)} at {result.accelerator.frequency_mhz:g} MHz")
+    if (parts := total.energy_pj) is not None:
+        shown = (f"{name.replace('_', ' ')} {_energy(value)}" for name, value in parts.items())
+        console.print(f"energy: {_energy(total.total_energy_pj)}: {', '.join(shown)}")
+    memory = f"memory for weights: {_bits(total.memory_bits)}"
+    if total.capacity_bits is not None:
+        memory += (
+            f" of {_bits(total.capacity_bits)}, {_part(total.memory_bits, total.capacity_bits)}"
+        )
+    console.print(memory)
+    if relative:
+        console.print("relative cycles: multiply-accumulates over the relative speed of a precision")
+    if result.baseline is not None:
+        console.print(_against(result, result.baseline))
+    if result.assumed:
+        console.print(f"costs of one sample: {escape(', '.join(result.assumed))}")
+    if result.float_layers:
+        names = ", ".join(result.float_layers[:10])
+        console.print(f"without a precision, not counted: {escape(names)}")
+
+
+def _bits(bits: float | None) -> str:
+    """An amount of data, as bytes."""
+    if bits is None:
+        return "-"
+    for factor, unit in ((2**33, "GiB"), (2**23, "MiB"), (2**13, "KiB")):
+        if bits >= factor:
+            return f"{bits / factor:.4g} {unit}"
+    return f"{bits / 8:g} B"
+
+
+def _against(result: Cost, baseline: ModelCost) -> str:
+    now = result.cost
+    ratios = []
+    if (speedup := result.speedup) is not None:
+        ratios.append(f"end-to-end speedup {speedup:.3g}x")
+    before, after = baseline.total_energy_pj, now.total_energy_pj
+    if before is not None and after:
+        ratios.append(f"energy {before / after:.3g}x less")
+    ratios.append(f"weights {baseline.memory_bits / now.memory_bits:.3g}x smaller")
+    return f"against {result.baseline_precision}: {', '.join(ratios)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
@@ -19,7 +19,9 @@ __all__ = [
     "BIT_WIDTHS",
     "Dim",
     "Layer",
+    "LayerCost",
     "LayerKind",
+    "ModelCost",
     "Precision",
     "PrecisionPlan",
 ]
@@ -101,17 +103,17 @@ def _numbers(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, .
 class Layer:
     """One multiply-accumulate operator of a model: what the model asks of hardware.
 
-    Build one with :meth:`conv` or :meth:`matmul`; :func:`bitwright.inspect` finds those of a model.
-    A number that depends on a symbolic dimension is None.
+    Build one with :meth:`conv`, :meth:`matmul` or :meth:`recurrent`; :func:`bitwright.inspect` finds
+    those of a model. A number that depends on a symbolic dimension is None.
 
     Attributes
     ----------
     name
         The name of the ONNX node.
     kind
-        ``conv`` or ``matmul`` (``recurrent`` and ``scan`` are reserved).
+        ``conv``, ``matmul`` or ``recurrent`` (``scan`` is reserved).
     batch
-        Images per run (conv) or rows of the input matrix (matmul).
+        Images per run (conv), rows of the input matrix (matmul), sequences (recurrent).
     in_channels, out_channels
         Channels of input and output (conv); features (matmul).
     kernel, stride, dilation
@@ -120,6 +122,10 @@ class Layer:
         Spatial size of the output; empty for matmul.
     groups
         Groups of a convolution; 1 for matmul.
+    steps
+        Steps of a recurrence, which cannot run at the same time; 1 for the other kinds.
+    reads_graph_input
+        Whether the layer's input is an input of the model, with no other layer in between.
     input_shape, weight_shape, output_shape
         Shapes as they stand in the ONNX model; empty where the layer was built without a model.
     """
@@ -134,6 +140,8 @@ class Layer:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    steps: int | None = 1
+    reads_graph_input: bool = False
     input_shape: tuple[Dim, ...] = ()
     weight_shape: tuple[int, ...] = ()
     output_shape: tuple[Dim, ...] = ()
@@ -150,6 +158,7 @@ class Layer:
         dilation: int | tuple[int, ...] = 1,
         batch: int = 1,
         groups: int = 1,
+        reads_graph_input: bool = False,
         name: str = "conv",
     ) -> Layer:
         """Describe a convolution; a single number stands for both spatial dimensions.
@@ -174,6 +183,7 @@ class Layer:
             stride=_numbers("stride", stride, rank),
             dilation=_numbers("dilation", dilation, rank),
             groups=groups,
+            reads_graph_input=reads_graph_input,
         )
 
     @classmethod
@@ -196,6 +206,33 @@ class Layer:
             out_channels=out_features,
         )
 
+    @classmethod
+    def recurrent(
+        cls,
+        *,
+        in_features: int,
+        out_features: int,
+        steps: int,
+        batch: int = 1,
+        name: str = "recurrent",
+    ) -> Layer:
+        """Describe the matrix products of a recurrence, one a step, each waiting for the last.
+
+        Raises
+        ------
+        ValueError
+            If a number is not positive.
+        """
+        _numbers("features, steps and batch", (in_features, out_features, steps, batch), 4)
+        return cls(
+            name=name,
+            kind="recurrent",
+            batch=batch,
+            in_channels=in_features,
+            out_channels=out_features,
+            steps=steps,
+        )
+
     @property
     def weight_count(self) -> int:
         """Number of weights, without bias."""
@@ -206,11 +243,226 @@ class Layer:
     @property
     def macs(self) -> int | None:
         """Multiply-accumulates of one run; None while a dimension it needs is symbolic."""
-        if self.batch is None or None in self.output:
+        if self.batch is None or self.steps is None or None in self.output:
             return None
         per_output = self.in_channels // self.groups * math.prod(self.kernel)
         positions = math.prod(size for size in self.output if size is not None)
-        return self.batch * positions * per_output * self.out_channels
+        return self.steps * self.batch * positions * per_output * self.out_channels
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """Sum in the order given; None if one of them is undefined, or there is none."""
+    found = list(values)
+    defined = [value for value in found if value is not None]
+    return sum(defined) if found and len(defined) == len(found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What one layer costs on an accelerator at one precision.
+
+    What the cost model of the accelerator does not define is None, shown as "-".
+
+    Attributes
+    ----------
+    layer
+        Name of the layer.
+    precision
+        Its precision.
+    macs
+        Multiply-accumulates of one run.
+    weight_bits
+        Bits that the weights take, without bias.
+    cycles
+        Clock cycles, stalls included.
+    stall_cycles
+        Those of them in which the array waits for memory.
+    dram_read_bits, dram_write_bits
+        Traffic with external memory, in bits.
+    relative_cycles
+        Where a model knows ratios only: multiply-accumulates divided by the speed of the precision
+        relative to the accelerator's slowest (MOHAQ's tables). Never mixed with ``cycles``.
+    energy_pj
+        Energy by part, in picojoules.
+    seconds
+        Time at the accelerator's clock.
+    peak_macs_per_cycle
+        What the array does in a cycle at this precision when all of it works.
+    bound
+        What limits the layer.
+    """
+
+    layer: str
+    precision: Precision
+    macs: int
+    weight_bits: int
+    cycles: float | None = None
+    stall_cycles: float | None = None
+    dram_read_bits: float | None = None
+    dram_write_bits: float | None = None
+    relative_cycles: float | None = None
+    energy_pj: Mapping[str, float] | None = None
+    seconds: float | None = None
+    peak_macs_per_cycle: float | None = None
+    bound: Literal["compute", "memory"] | None = None
+
+    @classmethod
+    def of(cls, layer: Layer, precision: Precision, **values: Any) -> LayerCost:
+        """Make the cost of a layer whose sizes are all known; ``values`` are the other fields."""
+        assert layer.macs is not None
+        weight_bits = layer.weight_count * precision.weight_bits
+        return cls(layer.name, precision, layer.macs, weight_bits, **values)
+
+    @property
+    def total_energy_pj(self) -> float | None:
+        """Energy of all parts, in picojoules."""
+        return None if self.energy_pj is None else sum(self.energy_pj.values())
+
+    @property
+    def utilization(self) -> float | None:
+        """Share, 0 to 1, of the array's multiply-accumulates over all cycles that do work."""
+        if self.cycles is None or self.peak_macs_per_cycle is None:
+            return None
+        return self.macs / (self.cycles * self.peak_macs_per_cycle)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` and ``cost.json`` hold."""
+        document = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            **document,
+            "precision": str(self.precision),
+            "energy_pj": None if self.energy_pj is None else dict(self.energy_pj),
+            "total_energy_pj": self.total_energy_pj,
+            "utilization": self.utilization,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """What a model costs on an accelerator: the sum over its layers, which run one after another.
+
+    Attributes
+    ----------
+    target
+        Name of the accelerator.
+    layers
+        Cost of every layer, in order of execution.
+    vector_bits
+        Bits of the values beside the weights that are counted as memory (biases and the like).
+    vector_energy_pj
+        Energy of loading them, in picojoules, where the cost model defines it.
+    capacity_bits
+        What the accelerator's memory for weights holds; None where weights are streamed.
+    """
+
+    target: str
+    layers: tuple[LayerCost, ...]
+    vector_bits: int = 0
+    vector_energy_pj: float | None = None
+    capacity_bits: int | None = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one run."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def memory_bits(self) -> int:
+        """Bits of all weights, and of the values beside them."""
+        return self.vector_bits + sum(layer.weight_bits for layer in self.layers)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the accelerator's memory holds the weights."""
+        return self.capacity_bits is None or self.memory_bits <= self.capacity_bits
+
+    @property
+    def cycles(self) -> float | None:
+        """Clock cycles of all layers, stalls included."""
+        return _total(layer.cycles for layer in self.layers)
+
+    @property
+    def stall_cycles(self) -> float | None:
+        """Cycles in which the array waits for memory."""
+        return _total(layer.stall_cycles for layer in self.layers)
+
+    @property
+    def dram_read_bits(self) -> float | None:
+        """Bits read from external memory."""
+        return _total(layer.dram_read_bits for layer in self.layers)
+
+    @property
+    def dram_write_bits(self) -> float | None:
+        """Bits written to external memory."""
+        return _total(layer.dram_write_bits for layer in self.layers)
+
+    @property
+    def relative_cycles(self) -> float | None:
+        """Sum of multiply-accumulates over relative speeds, see :class:`LayerCost`."""
+        return _total(layer.relative_cycles for layer in self.layers)
+
+    @property
+    def seconds(self) -> float | None:
+        """Time at the accelerator's clock."""
+        return _total(layer.seconds for layer in self.layers)
+
+    @property
+    def energy_pj(self) -> dict[str, float] | None:
+        """Energy by part, in picojoules; that of the values beside the weights is ``vectors``."""
+        parts: dict[str, float] = {}
+        for layer in self.layers:
+            if layer.energy_pj is None:
+                return None
+            for part, energy in layer.energy_pj.items():
+                parts[part] = parts.get(part, 0.0) + energy
+        if self.vector_energy_pj is not None and self.vector_bits:
+            parts["vectors"] = self.vector_energy_pj
+        return parts or None
+
+    @property
+    def total_energy_pj(self) -> float | None:
+        """Energy of all parts, in picojoules."""
+        parts = self.energy_pj
+        return None if parts is None else sum(parts.values())
+
+    @property
+    def utilization(self) -> float | None:
+        """Share, 0 to 1, of the array's multiply-accumulates over all cycles that do work."""
+        peaks = [
+            None
+            if layer.cycles is None or layer.peak_macs_per_cycle is None
+            else layer.cycles * layer.peak_macs_per_cycle
+            for layer in self.layers
+        ]
+        peak = _total(peaks)
+        return None if not peak else self.macs / peak
+
+    def speedup_over(self, baseline: ModelCost) -> float | None:
+        """End-to-end speedup: cycles of the baseline over cycles of this plan.
+
+        Not MOHAQ's speedup, which is a mean over layers: :mod:`bitwright.targets.mohaq`.
+        """
+        for name in ("cycles", "relative_cycles"):
+            before, now = getattr(baseline, name), getattr(self, name)
+            if before is not None and now:
+                return float(before / now)
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` and ``cost.json`` hold."""
+        names = (
+            *("macs", "memory_bits", "cycles", "stall_cycles", "relative_cycles"),
+            *("dram_read_bits", "dram_write_bits", "seconds", "energy_pj", "total_energy_pj"),
+            "utilization",
+        )
+        return {
+            "target": self.target,
+            "capacity_bits": self.capacity_bits,
+            "fits": self.fits,
+            "vector_bits": self.vector_bits,
+            "total": {name: getattr(self, name) for name in names},
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ __all__ = ["NotLayer", "find_layers", "layer_nodes", "quantized_precision"]
 
 _RECURRENT = ("GRU", "LSTM", "RNN", "Scan", "Loop")
 _OTHER_PRODUCTS = ("ConvTranspose", "DeformConv", "Einsum", "Attention")
+_COMPUTING = ("Conv", "Gemm", "MatMul", *_RECURRENT, *_OTHER_PRODUCTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,22 @@ def _shape(value: ir.Value | None) -> tuple[Dim, ...]:
     )
 
 
+def _reads_graph_input(value: ir.Value | None) -> bool:
+    """Whether a value comes from inputs of the model, past operators without weights alone."""
+    open_values, seen = [value], {value}
+    while open_values:
+        current = open_values.pop()
+        if current is None or (producer := current.producer()) is None:
+            continue  # an input, or a constant
+        if producer.op_type in _COMPUTING:
+            return False
+        for entry in producer.inputs:
+            if entry not in seen:
+                seen.add(entry)
+                open_values.append(entry)
+    return any(entry is not None and entry.is_graph_input() for entry in seen)
+
+
 def _number(dim: Dim) -> int | None:
     return dim if isinstance(dim, int) else None
 
@@ -116,6 +133,7 @@ def _describe(node: ir.Node) -> Layer:
             stride=tuple(attribute(node, "strides", (1,) * rank)),
             dilation=tuple(attribute(node, "dilations", (1,) * rank)),
             groups=groups,
+            reads_graph_input=_reads_graph_input(data),
             input_shape=input_shape,
             weight_shape=weight_shape,
             output_shape=output_shape,
@@ -134,6 +152,7 @@ def _describe(node: ir.Node) -> Layer:
         batch=None if rows is None else rows // max(out_features, 1),
         in_channels=in_features,
         out_channels=out_features,
+        reads_graph_input=_reads_graph_input(data),
         input_shape=input_shape,
         weight_shape=weight_shape,
         output_shape=output_shape,

@@ -5,6 +5,26 @@
 
 from __future__ import annotations
 
-from bitwright.targets.accelerators import Accelerator, available, get, is_file
+from bitwright.targets.accelerators import (
+    Accelerator,
+    Installed,
+    available,
+    get,
+    installed,
+    is_file,
+)
+from bitwright.targets.cost_model import CostModel
+from bitwright.targets.schema import Count, Number, Positive
 
-__all__ = ["Accelerator", "available", "get", "is_file"]
+__all__ = [
+    "Accelerator",
+    "CostModel",
+    "Count",
+    "Installed",
+    "Number",
+    "Positive",
+    "available",
+    "get",
+    "installed",
+    "is_file",
+]

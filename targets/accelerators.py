@@ -1,4 +1,4 @@
-"""Accelerators: what a target can do, described by data.
+"""Accelerators: what a target can do and what it costs, described by data.
 
 A description is a YAML file. Those of a package are found by the entry-point group
 ``bitwright.targets``, which names packages that hold such files; the file of a user is named by its
@@ -7,33 +7,50 @@ path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, SerializeAsAny
 
-from bitwright.errors import PlanError, UsageError, first_line
-from bitwright.vocabulary import Precision
+from bitwright.errors import BitwrightError, PlanError, RunError, UsageError, first_line
+from bitwright.targets.cost_model import CostModel, load_model
+from bitwright.targets.schema import Count, Data, Document, Number, Source, entries
+from bitwright.vocabulary import (
+    Layer,
+    LayerCost,
+    LayerKind,
+    ModelCost,
+    Precision,
+    PrecisionPlan,
+)
 
-__all__ = ["Accelerator", "Precisions", "TargetTag", "available", "get", "is_file"]
+__all__ = [
+    "Accelerator",
+    "Installed",
+    "Precisions",
+    "TargetTag",
+    "available",
+    "get",
+    "installed",
+    "is_file",
+]
 
 SCHEMA_VERSION: Final = 1
 
 _GROUP = "bitwright.targets"
 _SHOWN = 20  # layers that one message names
+_VECTOR_BITS: Final = 16  # of the values beside the weights, as in MOHAQ
 
 Bits = Literal[2, 4, 8, 16]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Precisions(_Data):
+class Precisions(Data):
     """The precisions that an accelerator can compute a layer in.
 
     Attributes
@@ -43,7 +60,7 @@ class Precisions(_Data):
     tied
         Whether the weights and the activations of a layer must have the same width.
     source
-        Where the widths are published.
+        Where the widths are published: a key of the description's ``sources``.
     """
 
     weight_bits: tuple[Bits, ...] = Field(min_length=1)
@@ -61,7 +78,7 @@ class Precisions(_Data):
         return f"weights of {weights} bits with activations of {activations} bits"
 
 
-class TargetTag(_Data):
+class TargetTag(Data):
     """The TVM target that stands behind an accelerator's name: a CPU that emulates it.
 
     Attributes
@@ -80,7 +97,7 @@ class TargetTag(_Data):
     model: str
 
 
-class Accelerator(_Data):
+class Accelerator(Data):
     """An accelerator.
 
     Attributes
@@ -89,8 +106,16 @@ class Accelerator(_Data):
         Its tag, family and model: ``bitfusion/eyeriss``.
     summary
         What it is, in one line.
+    sources
+        Where its numbers come from, by the keys that the numbers name.
     precisions
         What it can compute a layer in.
+    layer_kinds
+        Kinds of layers that it can compute.
+    weight_memory_bytes
+        What its memory for weights holds; left out where weights are streamed from outside.
+    cost_model
+        What a layer costs (``cost`` in the file); None where nobody knows.
     tag
         Its TVM target (``tvm_target`` in the file).
     """
@@ -98,7 +123,11 @@ class Accelerator(_Data):
     schema_version: Literal[1]
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.+-]*/[a-z0-9][a-z0-9_.+-]*$")
     summary: str = Field(min_length=1)
+    sources: dict[str, Source] = Field(min_length=1)
     precisions: Precisions
+    layer_kinds: tuple[LayerKind, ...] = ("conv", "matmul", "recurrent", "scan")
+    weight_memory_bytes: Number[Count] | None = None
+    cost_model: SerializeAsAny[CostModel] | None = Field(alias="cost", default=None)
     tag: TargetTag = Field(alias="tvm_target")
 
     def allows(self, precision: Precision) -> bool:
@@ -109,6 +138,22 @@ class Accelerator(_Data):
             and activations in self.precisions.activation_bits
             and (weights == activations or not self.precisions.tied)
         )
+
+    @property
+    def allowed_precisions(self) -> tuple[Precision, ...]:
+        """Every precision that a layer can have, in the order of the description."""
+        both = (
+            Precision(weights, activations)
+            for weights in self.precisions.weight_bits
+            for activations in self.precisions.activation_bits
+        )
+        return tuple(precision for precision in both if self.allows(precision))
+
+    @property
+    def frequency_mhz(self) -> float | None:
+        """Clock, where the cost model has one."""
+        clock = None if self.cost_model is None else self.cost_model.frequency_mhz
+        return None if clock is None else clock.value
 
     def check(self, layers: Mapping[str, Precision], *, where: str = "plan") -> None:
         """Refuse precisions that the accelerator cannot do.
@@ -131,14 +176,163 @@ class Accelerator(_Data):
             if not self.allows(precision)
         ]
         if refused:
-            more = len(refused) - _SHOWN
             raise PlanError(
-                f"{self.name} cannot do the precision of {_counted(len(refused))}: "
-                + ", ".join(refused[:_SHOWN])
-                + (f" and {more} more" if more > 0 else ""),
+                f"{self.name} cannot do the precision of {_some(refused)}",
                 where=where,
                 fix=f"it allows {self.precisions}",
             )
+
+    def check_kinds(
+        self, layers: Sequence[Layer], plan: Mapping[str, Precision], *, where: str = "plan"
+    ) -> None:
+        """Refuse layers of a plan whose kinds the accelerator cannot compute.
+
+        Raises
+        ------
+        PlanError
+            If there are such; it names the layers.
+        """
+        refused = [
+            f"{layer.name} ({layer.kind})"
+            for layer in layers
+            if layer.name in plan and layer.kind not in self.layer_kinds
+        ]
+        if refused:
+            raise PlanError(
+                f"{self.name} cannot compute {_some(refused)}",
+                where=where,
+                fix=f"it computes layers of the kinds {', '.join(self.layer_kinds)}",
+            )
+
+    def check_memory(
+        self, layers: Sequence[Layer], plan: Mapping[str, Precision], *, where: str = "plan"
+    ) -> None:
+        """Refuse a plan whose weights the accelerator's memory does not hold.
+
+        Raises
+        ------
+        PlanError
+            If it does not; it names the largest layers.
+        """
+        if self.weight_memory_bytes is None:
+            return
+        bits = {
+            layer.name: layer.weight_count * plan[layer.name].weight_bits
+            for layer in layers
+            if layer.name in plan
+        }
+        capacity = self.weight_memory_bytes.value
+        if sum(bits.values()) > 8 * capacity:
+            largest = sorted(bits, key=lambda name: -bits[name])[:3]
+            raise PlanError(
+                f"the weights take {_bytes(sum(bits.values()))}, and the memory of {self.name} "
+                f"holds {_bytes(8 * capacity)}",
+                where=where,
+                fix="give large layers fewer bits: "
+                + ", ".join(f"{name} ({plan[name]}, {_bytes(bits[name])})" for name in largest),
+            )
+
+    def cost(self, layer: Layer, precision: Precision, **options: Any) -> LayerCost:
+        """What a layer costs.
+
+        Parameters
+        ----------
+        layer
+            A layer of a model, or one built with :meth:`bitwright.Layer.conv` and the like.
+        precision
+            Its precision.
+        options
+            Choices of the cost model: ``im2col=True`` for those of kind ``bitfusion``.
+
+        Raises
+        ------
+        PlanError
+            If the accelerator cannot do the precision.
+        UsageError
+            If it has no cost model, or the model does not know layers of this kind; if a size of
+            the layer is not known, or the model has no such option.
+        RunError
+            If a cost model that is not bitwright's fails.
+        """
+        model = self._model()
+        self.check({layer.name: precision}, where=f"layer {layer.name!r}")
+        where = f"layer {layer.name!r}"
+        kinds = [kind for kind in model.kinds if kind in self.layer_kinds]
+        if layer.kind not in kinds:
+            raise UsageError(
+                f"{self.name} has no cost for layers of the kind {layer.kind!r}",
+                where=where,
+                fix=f"it has for {', '.join(kinds)}",
+            )
+        if layer.macs is None:
+            raise UsageError(
+                "its sizes are not known, so it has no cost",
+                where=where,
+                fix="fix the symbolic sizes of the model's inputs (--input-shape)",
+            )
+        if layer.macs < 1:
+            raise UsageError("computes nothing, so it has no cost", where=where)
+        known = [name for name in signature(model.layer_cost).parameters][2:]
+        if unknown := [name for name in options if name not in known]:
+            raise UsageError(
+                f"the cost model of {self.name} has no option {unknown[0]!r}",
+                fix=f"it has {', '.join(known)}" if known else "it has none",
+            )
+        try:
+            cost = model.layer_cost(layer, precision, **options)
+            if cost.seconds is None and cost.cycles is not None and self.frequency_mhz is not None:
+                cost = replace(cost, seconds=cost.cycles / (1e6 * self.frequency_mhz))
+        except BitwrightError as error:
+            raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
+        except Exception as error:  # a model of others may raise anything
+            raise RunError(
+                f"the cost model of {self.name} fails ({first_line(error)})",
+                where=where,
+                fix=f"it is {type(model).__module__}.{type(model).__qualname__}",
+            ) from error
+        return cost
+
+    def model_cost(
+        self,
+        layers: Sequence[Layer],
+        plan: PrecisionPlan | Mapping[str, Precision] | Precision,
+        *,
+        vector_values: int = 0,
+    ) -> ModelCost:
+        """What a model costs: its layers one after another.
+
+        Parameters
+        ----------
+        layers
+            Its layers, in order of execution.
+        plan
+            The precision of each; or one for all.
+        vector_values
+            Values beside the weights that count as memory, at 16 bits each.
+
+        Raises
+        ------
+        PlanError, UsageError, RunError
+            As in :meth:`cost`, or if the plan names other layers.
+        """
+        chosen = precisions_of(layers, plan)
+        vector_bits = _VECTOR_BITS * vector_values
+        model, capacity = self._model(), self.weight_memory_bytes
+        return ModelCost(
+            target=self.name,
+            layers=tuple(self.cost(layer, chosen[layer.name]) for layer in layers),
+            vector_bits=vector_bits,
+            vector_energy_pj=model.memory_energy_pj(vector_bits),
+            capacity_bits=None if capacity is None else 8 * capacity.value,
+        )
+
+    def _model(self) -> CostModel:
+        if self.cost_model is None:
+            raise UsageError(
+                f"{self.name} has no cost model",
+                fix="add 'cost' to its description: see docs/write-a-target.md",
+            )
+        return self.cost_model
 
     def tvm_target(self, host: Mapping[str, Any] | None = None) -> Any:
         """Make the TVM target, and register its tag if TVM does not know it yet.
@@ -183,85 +377,140 @@ class Accelerator(_Data):
             )
 
 
-def _counted(layers: int) -> str:
-    return "1 layer" if layers == 1 else f"{layers} layers"
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads YAML, and refuses a field that stands twice, of which PyYAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                problem=f"{twice[0]!r} stands twice", problem_mark=node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def _read(text: str, where: str) -> Accelerator:
-    try:
-        document = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise UsageError(f"not a YAML document ({first_line(error)})", where=where) from error
-    if not isinstance(document, dict):
-        raise UsageError("not a description of an accelerator", where=where)
-    version = document.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise UsageError(
-            f"schema_version is {version!r}",
-            where=where,
-            fix=f"this version of bitwright reads schema version {SCHEMA_VERSION}",
-        )
-    try:
-        return Accelerator.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageError(
-            f"field {field!r}: {first['msg']}",
-            where=where,
-            fix="see the descriptions that come with bitwright",
-        ) from error
-
-
-def _packages() -> list[str]:
-    """Packages with descriptions; an installation that is listed twice counts once."""
-    return list(dict.fromkeys(entry.value for entry in entry_points(group=_GROUP)))
-
-
-def available() -> dict[str, Accelerator]:
-    """The accelerators that are installed, by name.
+def precisions_of(
+    layers: Iterable[Layer], plan: PrecisionPlan | Mapping[str, Precision] | Precision
+) -> Mapping[str, Precision]:
+    """The precision of every layer.
 
     Raises
     ------
-    UsageError
-        If a description cannot be read, or two have the same name.
+    PlanError
+        If a plan leaves layers out or names others.
     """
-    found: dict[str, Accelerator] = {}
-    owners: dict[str, str] = {}
-    for package in _packages():
+    names = [layer.name for layer in layers]
+    if isinstance(plan, Precision):
+        return dict.fromkeys(names, plan)
+    chosen = plan.layers if isinstance(plan, PrecisionPlan) else plan
+    for what, wrong in (
+        ("has no precision for", [name for name in names if name not in chosen]),
+        ("names what is not in the model:", [name for name in chosen if name not in set(names)]),
+    ):
+        if wrong:
+            raise PlanError(f"{what} {_some(wrong)}", where="plan")
+    return chosen
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many layers, and the first of them."""
+    count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    more = len(names) - _SHOWN
+    shown = ", ".join(names[:_SHOWN])
+    return f"{count}: {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def _bytes(bits: int) -> str:
+    return f"{math.ceil(bits / 8):,} bytes"
+
+
+def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
+    """Read a description; ``folder`` is where the code of its cost model may lie."""
+    document = Document(text, where)
+    data = dict(document.data)
+    version = data.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise document.error(
+            ["schema_version"],
+            f"is {version!r}" if "schema_version" in data else "is missing",
+            f"this version of bitwright reads schema version {SCHEMA_VERSION}",
+        )
+    cost = data.get("cost")
+    if cost is not None:
+        if not isinstance(cost, dict) or not isinstance(cost.get("model"), str):
+            raise document.error(["cost", "model"], "is missing: the name of a cost model")
         try:
-            entries = sorted(files(package).iterdir(), key=lambda entry: entry.name)
+            kind = load_model(cost["model"], folder)
+        except UsageError as error:
+            raise document.error(["cost", "model"], error.what, error.fix) from error
+        data["cost"] = document.validate(kind, cost, ("cost",))
+    accelerator = document.validate(Accelerator, data)
+    named = [(("precisions",), accelerator.precisions.source)]
+    named += [(tuple(e.field.split("[")[0].split(".")), e.source) for e in entries(accelerator)]
+    for path, source in named:
+        if source not in accelerator.sources:
+            raise document.error(
+                [*path, "source"],
+                f"there is no source {source!r}",
+                f"name one of {', '.join(accelerator.sources)}, or add it to 'sources'",
+            )
+    model = accelerator.cost_model
+    if model and (wrong := model.check_precisions(frozenset(accelerator.allowed_precisions))):
+        raise document.error(["cost"], wrong)
+    return accelerator
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The accelerators that are installed.
+
+    Attributes
+    ----------
+    accelerators
+        Those that work, by name.
+    problems
+        Why others do not: a description that cannot be read, a package that cannot be imported.
+    clashes
+        Names that are described twice, and by whom.
+    """
+
+    accelerators: Mapping[str, Accelerator]
+    problems: tuple[UsageError, ...]
+    clashes: Mapping[str, UsageError]
+
+
+def installed() -> Installed:
+    """Find the accelerators of all packages; one that is broken does not stand in others' way."""
+    found: dict[str, list[tuple[str, Accelerator]]] = {}
+    problems: list[UsageError] = []
+    # An installation that is listed twice counts once.
+    for package in dict.fromkeys(entry.value for entry in entry_points(group=_GROUP)):
+        try:
+            texts = {
+                entry.name: entry.read_text(encoding="utf-8")
+                for entry in sorted(files(package).iterdir(), key=lambda entry: entry.name)
+                if entry.name.endswith((".yaml", ".yml"))
+            }
         except Exception as error:  # a package of others may raise anything
-            raise UsageError(
-                f"the accelerators of {package!r} cannot be loaded ({first_line(error)})",
-                fix=f"an entry point of {_GROUP} names a package that holds YAML files",
-            ) from error
-        for entry in entries:
-            if not entry.name.endswith(".yaml"):
-                continue
-            owner = f"{package}, {entry.name}"
-            accelerator = _read(entry.read_text(encoding="utf-8"), owner)
-            if accelerator.name in owners:
-                raise UsageError(
-                    f"accelerator {accelerator.name!r} is described twice: by "
-                    f"{owners[accelerator.name]} and by {owner}",
-                    fix="remove one of them",
+            problems.append(
+                UsageError(
+                    f"the accelerators of {package!r} cannot be loaded ({first_line(error)})",
+                    fix=f"an entry point of {_GROUP} names a package that holds YAML files",
                 )
-            owners[accelerator.name] = owner
-            found[accelerator.name] = accelerator
-    return dict(sorted(found.items()))
+            )
+            continue
+        for name, text in texts.items():
+            owner = f"{package}, {name}"
+            try:
+                accelerator = _read(text, owner)
+            except UsageError as error:
+                problems.append(error)
+            else:
+                found.setdefault(accelerator.name, []).append((owner, accelerator))
+    clashes = {
+        name: UsageError(
+            f"accelerator {name!r} is described twice: by "
+            + " and by ".join(owner for owner, _ in claims),
+            fix="remove one of them",
+        )
+        for name, claims in found.items()
+        if len(claims) > 1
+    }
+    working = {name: claims[0][1] for name, claims in found.items() if len(claims) == 1}
+    return Installed(dict(sorted(working.items())), tuple(problems), clashes)
+
+
+def available() -> Mapping[str, Accelerator]:
+    """The accelerators that are installed and work, by name."""
+    return installed().accelerators
 
 
 def is_file(name: str | Path) -> bool:
@@ -283,15 +532,20 @@ def get(name: str | Path) -> Accelerator:
         If there is no such accelerator, or its description cannot be read.
     """
     if is_file(name):
+        path = Path(name)
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot be read ({first_line(error)})", where=str(name)) from error
-        return _read(text, str(name))
-    found = available()
-    if str(name) not in found:
-        raise UsageError(
-            f"there is no accelerator {str(name)!r}",
-            fix=f"choose one of {', '.join(found)}, or give the path of a description (.yaml)",
-        )
-    return found[str(name)]
+        return _read(text, str(name), path.parent)
+    found = installed()
+    if str(name) in found.accelerators:
+        return found.accelerators[str(name)]
+    if str(name) in found.clashes:
+        raise found.clashes[str(name)]
+    broken = "".join(f"; {problem.where or ''} {problem.what}" for problem in found.problems)
+    raise UsageError(
+        f"there is no accelerator {str(name)!r}",
+        fix=f"choose one of {', '.join(found.accelerators)}, or give the path of a description "
+        f"(.yaml)" + (f". Not all could be read{broken}" if broken else ""),
+    )

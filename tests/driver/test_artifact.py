@@ -80,6 +80,7 @@ def save(path: Path, export: Callable[[str], object], **options: Any) -> Manifes
     given: dict[str, Any] = {
         "parameters": PARAMETERS,
         "plan": PLAN,
+        "cost": "{}\n",
         "qdq_model": None,
         "overwrite": False,
         **options,
@@ -161,10 +162,11 @@ def test_files_and_manifest(original: Path) -> None:
         "model.params",
         "model.so",
         "plan.json",
+        "cost.json",
     }
     document = json.loads((original / "manifest.json").read_text())
     assert document["schema_version"] == 1
-    assert set(document["files"]) == {"model.params", "model.so", "plan.json"}
+    assert set(document["files"]) == {"cost.json", "model.params", "model.so", "plan.json"}
     for name, entry in document["files"].items():
         path = original / name
         assert entry == {"bytes": path.stat().st_size, "sha256": sha256(path)}

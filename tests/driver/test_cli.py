@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,7 +32,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "compile": bitwright.compile,
     "run": bitwright.run,
     "passes": bitwright.describe_passes,
+    "cost": bitwright.cost,
     "targets": bitwright.describe_targets,
+    "targets show": bitwright.describe_target,
 }
 Words: TypeAlias = list[str | Path]
 
@@ -90,16 +92,30 @@ def program(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
 # -- commands and functions ----------------------------------------------------------------------
 
 
+def commands() -> Iterator[tuple[str, Callable[..., Any] | None]]:
+    """Words and function of every command; a group is a command too."""
+    for entry in app.registered_commands:
+        yield str(entry.name), entry.callback
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        assert group.typer_instance.registered_callback is not None
+        yield str(group.name), group.typer_instance.registered_callback.callback
+        for entry in group.typer_instance.registered_commands:
+            callback = entry.callback
+            assert callback is not None
+            yield f"{group.name} {entry.name or callback.__name__}", callback
+
+
 def command(name: str) -> Callable[..., Any]:
     """The function behind a command."""
-    found = [entry.callback for entry in app.registered_commands if entry.name == name]
+    found = [callback for words, callback in commands() if words == name]
     assert len(found) == 1
     assert found[0] is not None
     return found[0]
 
 
 def test_every_command_is_a_public_function() -> None:
-    assert {entry.name for entry in app.registered_commands} == set(FUNCTIONS)
+    assert {name for name, _ in commands()} == set(FUNCTIONS)
     assert all(function.__name__ in bitwright.__all__ for function in FUNCTIONS.values())
 
 
@@ -108,6 +124,7 @@ def test_options_and_defaults_are_those_of_the_function(name: str) -> None:
     options = dict(inspect.signature(command(name)).parameters)
     parameters = dict(inspect.signature(FUNCTIONS[name]).parameters)
     options.pop("as_json", None)  # how to print
+    options.pop("context", None)  # typer's
     parameters.pop("progress", None)  # the progress bar
     assert {NAMES.get(option, option) for option in options} == set(parameters)
     for option, described in options.items():
@@ -133,7 +150,7 @@ def test_every_parameter_of_the_function_is_described(name: str) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     out = run(capsys, *words)
-    for name in FUNCTIONS:
+    for name in (name for name in FUNCTIONS if " " not in name):
         summary = (inspect.getdoc(command(name)) or "").splitlines()[0]
         assert re.search(rf"\b{name}\b", out)
         assert summary[:30] in out
@@ -150,9 +167,13 @@ def test_help_of_a_command_names_its_options(
     capsys: pytest.CaptureFixture[str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    out = run(capsys, name, "--help")
+    out = run(capsys, *name.split(), "--help")
     for option in inspect.signature(command(name)).parameters:
+        if option == "context":  # typer's
+            continue
         shown = SHOWN.get(option, f"--{option.replace('_', '-')}")
+        if (name, option) == ("targets show", "target"):
+            shown = "TAG"
         assert shown in out, option
 
 
@@ -316,7 +337,7 @@ def test_json_of_passes(capsys: pytest.CaptureFixture[str], compiled: Path) -> N
 
 def test_json_of_targets(capsys: pytest.CaptureFixture[str]) -> None:
     printed = strict(run(capsys, "targets", "--json"))
-    assert [entry["name"] for entry in printed] == list(bitwright.describe_targets())
+    assert [entry["name"] for entry in printed] == list(bitwright.describe_targets().accelerators)
 
 
 def test_text_of_passes_and_targets(capsys: pytest.CaptureFixture[str]) -> None:

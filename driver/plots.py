@@ -1,0 +1,120 @@
+"""Pictures: pages that show them in any browser and need no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from bitwright.vocabulary import LayerCost
+
+if TYPE_CHECKING:
+    from bitwright.costing import Cost
+
+__all__ = ["cost_page"]
+
+# Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
+_COLORS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_ROW_HEIGHT: Final = 300  # pixels
+
+Part: TypeAlias = Callable[[LayerCost], float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    """Bars for the layers, each stacked from parts."""
+
+    title: str
+    unit: str
+    parts: Mapping[str, Part]
+
+    def totals(self, layers: Sequence[LayerCost]) -> list[float]:
+        return [sum(part(layer) for part in self.parts.values()) for layer in layers]
+
+
+def _charts(result: Cost) -> list[_Chart]:
+    """What the cost model defines."""
+    total = result.cost
+    charts = []
+    if total.cycles is not None:
+        parts: dict[str, Part] = {
+            "compute": lambda cost: (cost.cycles or 0) - (cost.stall_cycles or 0),
+            "stalls": lambda cost: cost.stall_cycles or 0,
+        }
+        charts.append(_Chart("clock cycles", "cycles", parts))
+    elif total.relative_cycles is not None:
+        parts = {"multiply-accumulates": lambda cost: cost.relative_cycles or 0}
+        charts.append(_Chart("relative cycles", "relative cycles", parts))
+    if total.energy_pj is not None:
+
+        def energy(name: str) -> Part:
+            return lambda cost: (cost.energy_pj or {}).get(name, 0) / 1e6
+
+        names = [name for name in total.energy_pj if name != "vectors"]
+        charts.append(_Chart("energy", "uJ", {n.replace("_", " "): energy(n) for n in names}))
+    if total.dram_read_bits is not None:
+        parts = {
+            "read": lambda cost: (cost.dram_read_bits or 0) / 2**13,
+            "written": lambda cost: (cost.dram_write_bits or 0) / 2**13,
+        }
+        charts.append(_Chart("traffic with external memory", "KiB", parts))
+    charts.append(_Chart("weights", "KiB", {"weights": lambda cost: cost.weight_bits / 2**13}))
+    return charts
+
+
+def cost_page(result: Cost) -> str:
+    """Make a page with bar charts of what the layers of a model cost."""
+    from plotly.graph_objects import Bar, Scatter
+    from plotly.subplots import make_subplots
+
+    charts, layers = _charts(result), result.cost.layers
+    names = [layer.layer for layer in layers]
+    hover = [f"{layer.layer}, {layer.precision}" for layer in layers]
+    title = f"{Path(result.source).name} on {result.cost.target}"
+    figure = make_subplots(
+        rows=len(charts),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.25 / len(charts),
+        subplot_titles=[chart.title for chart in charts],
+    )
+    for row, chart in enumerate(charts, start=1):
+        number = "" if row == 1 else str(row)
+        shared = {"x": names, "legend": f"legend{number}", "hovertext": hover}
+        for (name, part), color in zip(chart.parts.items(), _COLORS, strict=False):
+            shown = f"%{{hovertext}}<br>{name}: %{{y:,.4~g}} {chart.unit}<extra></extra>"
+            values = [part(layer) for layer in layers]
+            bar = Bar(y=values, name=name, marker_color=color, hovertemplate=shown, **shared)
+            figure.add_trace(bar, row=row, col=1)
+        if result.baseline is not None:
+            marks = Scatter(
+                y=chart.totals(result.baseline.layers),
+                name=f"all {result.baseline_precision}",
+                mode="markers",
+                marker={"symbol": "line-ew-open", "size": 14, "color": "#000000"},
+                hovertemplate=f"{result.baseline_precision}: %{{y:,.4~g}} {chart.unit}"
+                "<extra></extra>",
+                **shared,
+            )
+            figure.add_trace(marks, row=row, col=1)
+        figure.update_yaxes(title_text=chart.unit, rangemode="tozero", row=row, col=1)
+        top = figure.layout[f"yaxis{number}"].domain[1]
+        figure.update_layout({f"legend{number}": {"y": top, "yanchor": "top", "x": 1.01}})
+    figure.update_xaxes(type="category")
+    figure.update_layout(
+        title_text=html.escape(title),
+        barmode="stack",
+        template="plotly_white",
+        height=_ROW_HEIGHT * len(charts) + 120,
+    )
+    return _page(title, figure)
+
+
+def _page(title: str, figure: Any) -> str:
+    body = figure.to_html(include_plotlyjs=True, full_html=False, config={"displaylogo": False})
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )

@@ -1,0 +1,261 @@
+"""The costs of all layers of a model at all precisions: computed once, then summed for any plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright.errors import PlanError, UsageError, first_line
+from bitwright.targets.accelerators import Accelerator, precisions_of
+from bitwright.vocabulary import Layer, LayerCost, Precision, PrecisionPlan
+
+__all__ = ["QUANTITIES", "CostTable", "cache_file", "cost_table"]
+
+logger = logging.getLogger(__name__)
+
+QUANTITIES: Final = (
+    "cycles",
+    "stall_cycles",
+    "relative_cycles",
+    "dram_read_bits",
+    "dram_write_bits",
+    "weight_bits",
+    "total_energy_pj",
+    "seconds",
+)
+"""Columns of a table: attributes of :class:`bitwright.LayerCost`, each a sum over layers."""
+
+_SCHEMA_VERSION: Final = 1
+# Hashing a tuple of a precision's fields is several times faster than hashing the precision.
+_fields: Final = attrgetter(*(entry.name for entry in fields(Precision)))
+_NUMBERS: Final = tuple(
+    name for name in LayerCost.__dataclass_fields__ if name not in ("layer", "precision")
+)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of every layer at every precision.
+
+    Attributes
+    ----------
+    target
+        Name of the accelerator.
+    layers
+        Names of the layers.
+    precisions
+        The precisions.
+    values
+        Array ``[layers, precisions, quantities]`` of float64; NaN where the cost model does not
+        define a quantity. Counts below 2^53 are exact.
+    costs
+        The same, whole: ``costs[layer][precision]``.
+    """
+
+    target: str
+    layers: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+    values: npt.NDArray[np.float64]
+    costs: tuple[tuple[LayerCost, ...], ...]
+
+    def choice(self, plan: PrecisionPlan | Mapping[str, Precision]) -> npt.NDArray[np.intp]:
+        """Index of each layer's precision, ``[layers]``.
+
+        Raises
+        ------
+        PlanError
+            If the plan leaves a layer out, or has a precision that is not in the table.
+        """
+        chosen = plan.layers if isinstance(plan, PrecisionPlan) else plan
+        index = self._index
+        try:
+            return np.array([index[_fields(chosen[name])] for name in self.layers], dtype=np.intp)
+        except KeyError:
+            name = next(n for n in self.layers if n not in chosen or _fields(chosen[n]) not in index)
+            raise PlanError(
+                f"layer {name!r} has no precision that is in the table of costs: "
+                f"{chosen.get(name, 'none at all')}",
+                where="plan",
+                fix=f"the table has {', '.join(map(str, self.precisions))}",
+            ) from None
+
+    def totals(self, choice: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+        """Costs of whole plans.
+
+        Parameters
+        ----------
+        choice
+            Array ``[..., layers]``, indices of precisions.
+
+        Returns
+        -------
+        array
+            ``[..., quantities]``, in the order of :data:`QUANTITIES`.
+        """
+        rows = choice + self._offsets
+        total: npt.NDArray[np.float64] = self._flat.take(rows, axis=0).sum(axis=-2)
+        return total
+
+    @cached_property
+    def _index(self) -> dict[Any, int]:
+        return {_fields(precision): number for number, precision in enumerate(self.precisions)}
+
+    @cached_property
+    def _flat(self) -> npt.NDArray[np.float64]:
+        return self.values.reshape(-1, self.values.shape[-1])
+
+    @cached_property
+    def _offsets(self) -> npt.NDArray[np.intp]:
+        return np.arange(len(self.layers)) * len(self.precisions)
+
+
+def cache_file() -> Path:
+    """Where costs are kept between runs: in the user's folder for caches (``XDG_CACHE_HOME``)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bitwright" / "costs.sqlite"
+
+
+def cost_table(
+    accelerator: Accelerator,
+    layers: Sequence[Layer],
+    *,
+    precisions: Sequence[Precision] | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CostTable:
+    """Compute the costs of all layers at all precisions.
+
+    Equal layers are computed once.
+
+    Parameters
+    ----------
+    accelerator
+        What they are to run on.
+    layers
+        The layers of a model.
+    precisions
+        By default all that the accelerator allows.
+    cache
+        A file of costs to use and add to, for example :func:`cache_file`. Entries are found by
+        content: the cost model with its parameters, the layer's sizes, the precision. Each is
+        written when it is known. A file that cannot be used is reported as a warning.
+    progress
+        Called with costs done and in total.
+
+    Raises
+    ------
+    PlanError, UsageError, RunError
+        As in :meth:`Accelerator.cost`.
+    """
+    if not layers:
+        raise UsageError("there are no layers whose cost could be computed")
+    chosen = tuple(accelerator.allowed_precisions if precisions is None else precisions)
+    for precision in chosen:
+        accelerator.check(dict.fromkeys((layer.name for layer in layers), precision))
+    known: dict[str, tuple[LayerCost, ...]] = {}
+    costs: list[tuple[LayerCost, ...]] = []
+    with _Store(cache) as store:
+        for number, layer in enumerate(layers):
+            key = _key(accelerator, layer)
+            if key not in known:
+                found = store.load(key)
+                known[key] = tuple(
+                    found.get(precision) or accelerator.cost(layer, precision)
+                    for precision in chosen
+                )
+                store.save(key, [cost for cost in known[key] if cost.precision not in found])
+            costs.append(tuple(replace(cost, layer=layer.name) for cost in known[key]))
+            if progress is not None:
+                progress(number + 1, len(layers))
+    values = np.array(
+        [
+            [
+                [np.nan if getattr(c, q) is None else getattr(c, q) for q in QUANTITIES]
+                for c in row
+            ]
+            for row in costs
+        ],
+        dtype=np.float64,
+    )
+    names = tuple(layer.name for layer in layers)
+    return CostTable(accelerator.name, names, chosen, values, tuple(costs))
+
+
+def _key(accelerator: Accelerator, layer: Layer) -> str:
+    """Hash of all that the costs of a layer depend on, except the precision."""
+    model = accelerator.cost_model
+    sizes = asdict(layer)
+    for name in ("name", "input_shape", "weight_shape", "output_shape"):
+        del sizes[name]
+    sizes["weight_count"] = layer.weight_count
+    content = [_SCHEMA_VERSION, version("bitwright"), model and model.digest, sizes]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Store:
+    """Costs in an SQLite file; without a file, or with one that cannot be used, an empty one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> _Store:
+        if self._path is not None:
+            with self._told():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._database = sqlite3.connect(self._path, timeout=10)
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS costs"
+                    " (layer TEXT, precision TEXT, cost TEXT, PRIMARY KEY (layer, precision))"
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Go on without the file, and say so, where it cannot be used."""
+        try:
+            yield
+        except (OSError, sqlite3.Error, ValueError, TypeError) as error:
+            logger.warning("costs are not kept in %s (%s)", self._path, first_line(error))
+            if self._database is not None:
+                self._database.close()
+            self._database = None
+
+    def load(self, key: str) -> dict[Precision, LayerCost]:
+        found: dict[Precision, LayerCost] = {}
+        if self._database is not None:
+            with self._told():
+                for text, cost in self._database.execute(
+                    "SELECT precision, cost FROM costs WHERE layer = ?", (key,)
+                ):
+                    precision = Precision.parse(text)
+                    found[precision] = LayerCost(layer="", precision=precision, **json.loads(cost))
+        return found
+
+    def save(self, key: str, costs: Sequence[LayerCost]) -> None:
+        if self._database is None or not costs:
+            return
+        rows = [
+            (key, str(cost.precision), json.dumps({n: getattr(cost, n) for n in _NUMBERS}))
+            for cost in costs
+        ]
+        with self._told(), self._database:
+            self._database.executemany("INSERT OR IGNORE INTO costs VALUES (?, ?, ?)", rows)

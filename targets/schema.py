@@ -1,0 +1,266 @@
+"""What descriptions of accelerators are made of: numbers with a source, and YAML with line numbers.
+
+The unit of a number stands in the name of its field (``frequency_mhz``); a field without a unit in
+its name is a count or a ratio.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitwright.errors import UsageError, first_line
+
+__all__ = [
+    "UNITS",
+    "Count",
+    "Data",
+    "Document",
+    "Entry",
+    "Number",
+    "Positive",
+    "Source",
+    "entries",
+    "unit_of",
+]
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(gt=0, strict=True)]
+"""A positive whole number."""
+
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+"""A positive number."""
+
+# What a field's name ends with, the longest first, and how that is written.
+UNITS: Final[Mapping[str, str]] = {
+    "_pj_per_bit": "pJ/bit",
+    "_pj_per_cycle": "pJ/cycle",
+    "_bits_per_cycle": "bit/cycle",
+    "_macs_per_cycle": "MAC/cycle",
+    "_kib": "KiB",
+    "_mib": "MiB",
+    "_bytes": "byte",
+    "_bits": "bit",
+    "_mhz": "MHz",
+    "_pj": "pJ",
+}
+
+
+def unit_of(field: str) -> str:
+    """Unit that the name of a field says; "" for counts and ratios."""
+    return next((unit for ending, unit in UNITS.items() if f"_{field}".endswith(ending)), "")
+
+
+class Data(BaseModel):
+    """A part of a description: nothing in it changes, and it has no other fields than these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Data):
+    """Where numbers come from.
+
+    Attributes
+    ----------
+    text
+        A reference, or how the numbers were found.
+    basis
+        ``published`` by the makers of the accelerator, in a paper or in their code; ``inferred``
+        by those who wrote the description; or an ``example``, made up to show the way.
+    """
+
+    text: str = Field(min_length=1)
+    basis: Literal["published", "inferred", "example"]
+
+
+class Number(Data, Generic[T]):
+    """A number, or a table of numbers, and the key of its source.
+
+    Attributes
+    ----------
+    value
+        The number, in the unit that the field's name says.
+    source
+        A key of the description's ``sources``.
+    """
+
+    value: T
+    source: str = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One number of a description: field, value, unit, and the key of its source."""
+
+    field: str
+    value: Any
+    unit: str
+    source: str
+
+
+def entries(data: BaseModel, prefix: str = "") -> Iterator[Entry]:
+    """All numbers of a description, in its order; tables one row a line."""
+    for attribute, declared in type(data).model_fields.items():
+        value = getattr(data, attribute)
+        name = declared.alias or attribute
+        if isinstance(value, Number):
+            table = value.value if isinstance(value.value, Mapping) else {"": value.value}
+            for key, number in table.items():
+                field = f"{prefix}{name}" + (f"[{key}]" if key else "")
+                yield Entry(field, number, unit_of(name), value.source)
+        elif isinstance(value, BaseModel):
+            yield from entries(value, f"{prefix}{name}.")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML, and refuses a field that stands twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]!r} stands twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+class Document:
+    """A YAML document, and where in it a field stands.
+
+    Parameters
+    ----------
+    text
+        The document.
+    where
+        The file, for messages.
+
+    Raises
+    ------
+    UsageError
+        If it is no YAML document of fields.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        self.where = where
+        self.data: dict[str, Any] = {}
+        try:
+            loader = _Loader(text)
+            self._node = loader.get_single_node()
+            data = None if self._node is None else loader.construct_document(self._node)
+        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = getattr(error, "problem", None)
+            raise UsageError(
+                f"not a YAML document ({problem or first_line(error)})",
+                where=where if mark is None else f"{where}:{mark.line + 1}",
+            ) from error
+        if not isinstance(data, dict):
+            raise UsageError("not a description of an accelerator", where=where)
+        self.data = data
+
+    def error(self, path: Iterable[str | int], what: str, fix: str | None = None) -> UsageError:
+        """Make an error about a field, with its line."""
+        path = tuple(path)
+        field = ".".join(map(str, path))
+        return UsageError(
+            f"field {field!r}: {what}" if path else what,
+            where=f"{self.where}:{self._line(path)}",
+            fix=fix or "see docs/write-a-target.md, and the descriptions that come with bitwright",
+        )
+
+    def _line(self, path: tuple[str | int, ...]) -> int:
+        node, line = self._node, 1
+        for part in path:
+            if isinstance(node, yaml.MappingNode):
+                found = [pair for pair in node.value if pair[0].value == str(part)]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                found = [(entry, entry) for entry in node.value[part : part + 1]]
+            else:
+                found = []
+            if not found:
+                break
+            line = found[0][0].start_mark.line + 1
+            node = found[0][1]
+        return line
+
+    def validate(self, kind: type[_Model], data: object, path: tuple[str, ...] = ()) -> _Model:
+        """Check a part of the document.
+
+        Parameters
+        ----------
+        kind
+            What it has to be.
+        data
+            The part.
+        path
+            Where it stands in the document.
+
+        Raises
+        ------
+        UsageError
+            If it is something else: the first field that is wrong, its line, and the way out.
+        """
+        try:
+            return kind.model_validate(data)
+        except ValidationError as error:
+            # An unknown field explains why another is missing.
+            found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+            first = found[0]
+            what, fix = _explain(kind, first["type"], first["loc"], first["msg"], first["input"])
+            raise self.error((*path, *first["loc"]), what, fix) from None
+
+
+def _explain(
+    kind: type[BaseModel], problem: str, path: tuple[str | int, ...], message: str, given: object
+) -> tuple[str, str | None]:
+    """What is wrong with a field, and the way out, if one is known."""
+    name = str(path[-1]) if path else ""
+    if problem == "extra_forbidden":
+        near = difflib.get_close_matches(name, sorted(_names(kind)), n=1)
+        return "there is no such field", f"did you mean {near[0]!r}?" if near else None
+    if problem == "missing":
+        return "is missing", "name a key of 'sources'" if name == "source" else None
+    quantity = [str(part) for part in path if unit_of(str(part))]
+    unit = f": its unit is {unit_of(quantity[-1])}" if quantity else ""
+    if isinstance(given, str) and problem in ("int_type", "float_type"):
+        return f"{given!r} is no number", f"write the number alone{unit}"
+    if problem in ("model_type", "model_attributes_type") and _takes_number(kind, path):
+        return "has no source", f"write {{value: {given!r}, source: KEY}}, KEY one of 'sources'"
+    shown = f", not {given!r}" if isinstance(given, int | float | str) and given != "" else ""
+    return message.removeprefix("Value error, ") + shown, None
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in an annotation: those of ``A | None`` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _names(kind: type[BaseModel]) -> set[str]:
+    """Names of all fields of a model, those inside its fields included."""
+    found: set[str] = set()
+    for name, field in kind.model_fields.items():
+        found.add(field.alias or name)
+        for part in _parts(field.annotation):
+            found |= _names(part)
+    return found
+
+
+def _takes_number(kind: type[BaseModel], path: tuple[str | int, ...]) -> bool:
+    """Whether the field at a path is a number with a source."""
+    kinds = [kind]
+    for part in path:
+        fields = [found.model_fields.get(str(part)) for found in kinds]
+        kinds = [p for field in fields if field is not None for p in _parts(field.annotation)]
+    return any(issubclass(found, Number) for found in kinds)
