@@ -72,7 +72,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
-# PyTorch is large and only a few slow tests and the training script need it.
+# PyTorch is large, and only a few slow tests and the training script need it; so is what ZigZag
+# brings.
 $(VENV)/.examples: pyproject.toml constraints.txt | $(VENV)/.dev
-	$(INSTALL) -e '.[dev,examples]'
+	$(INSTALL) -e '.[dev,examples,zigzag]'
 	touch $@

@@ -22,7 +22,7 @@ from bitwright.targets.cost_model import CostModel
 from bitwright.targets.schema import Count, Number, Positive
 from bitwright.vocabulary import Layer, LayerCost, Precision
 
-__all__ = ["BitFusion"]
+__all__ = ["BitFusion", "Problem", "problem_of"]
 
 Array: TypeAlias = npt.NDArray[Any]  # whole numbers: int64, or Python's own where they are larger
 
@@ -102,7 +102,7 @@ class BitFusion(CostModel):
         UsageError
             If a buffer is too small for the smallest tile.
         """
-        problem, times = _problem(layer, im2col)
+        problem, times = problem_of(layer, im2col)
         best = _cheapest(self, problem, precision)
         moved = best.dram_read_bits + best.dram_write_bits
         energy = {
@@ -125,10 +125,7 @@ class BitFusion(CostModel):
             dram_read_bits=times * best.dram_read_bits,
             dram_write_bits=times * best.dram_write_bits,
             energy_pj={part: times * value for part, value in energy.items()},
-            peak_macs_per_cycle=self.array_rows.value
-            * self.array_columns.value
-            * self.lanes(precision)
-            / self.steps(precision),
+            peak_macs_per_cycle=self.peak_macs_per_cycle(precision),
             bound="memory"
             if moved > (best.cycles - best.stall_cycles) * self.dram_bits_per_cycle.value
             else "compute",
@@ -147,6 +144,11 @@ class BitFusion(CostModel):
             math.ceil(bits / _STEP_BITS)
             for bits in (precision.activation_bits, precision.weight_bits)
         )
+
+    def peak_macs_per_cycle(self, precision: Precision) -> float:
+        """Multiply-accumulates of the whole array in a cycle."""
+        units = self.array_rows.value * self.array_columns.value
+        return units * self.lanes(precision) / self.steps(precision)
 
     @property
     def half_buffer_bits(self) -> tuple[int, int, int]:
@@ -175,7 +177,7 @@ class BitFusion(CostModel):
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class Problem:
     """A convolution without groups: what the array computes in one go.
 
     ``depth`` is the kernel's size along a third spatial axis; pairs are height and width.
@@ -215,7 +217,7 @@ class _Best:
     buffer_write_bits: tuple[int, ...]
 
 
-def _problem(layer: Layer, im2col: bool | None) -> tuple[_Problem, int]:
+def problem_of(layer: Layer, im2col: bool | None) -> tuple[Problem, int]:
     """What the array computes, and how many times, one after the other.
 
     Beyond the simulator: the groups of a convolution one by one, the steps of a recurrence one by
@@ -224,10 +226,10 @@ def _problem(layer: Layer, im2col: bool | None) -> tuple[_Problem, int]:
     assert layer.batch is not None and layer.steps is not None
     if layer.kind != "conv":
         size = (layer.batch, 1, 1, layer.in_channels, layer.out_channels)
-        return _Problem(*size), layer.steps
+        return Problem(*size), layer.steps
     *slices, height, width = (1, *(size for size in layer.output if size is not None))
     depth, *kernel = _last_two(layer.kernel)
-    problem = _Problem(
+    problem = Problem(
         batch=layer.batch * math.prod(slices),
         height=height,
         width=width,
@@ -249,7 +251,7 @@ def _last_two(numbers: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _cheapest(model: BitFusion, problem: _Problem, precision: Precision) -> _Best:
+def _cheapest(model: BitFusion, problem: Problem, precision: Precision) -> _Best:
     """Try all tilings and loop orders; arrays have the shape [loop orders, tilings]."""
     tiles = _Tiles.all_of(model, problem, precision)
     bandwidth = model.dram_bits_per_cycle.value
@@ -332,7 +334,7 @@ def _traffic(
     return bits, tile
 
 
-def _orders(problem: _Problem) -> Array:
+def _orders(problem: Problem) -> Array:
     """Loop orders that can differ, ``[orders, loops]``: all, or fewer for loops of one trip."""
     loops = [loop for loop, size in enumerate(problem.sizes) if size > 1]
     square = problem.height == problem.width > 1  # then the two loops can change places
@@ -365,7 +367,7 @@ class _Tiles:
     terms: Array
 
     @classmethod
-    def all_of(cls, model: BitFusion, problem: _Problem, precision: Precision) -> _Tiles:
+    def all_of(cls, model: BitFusion, problem: Problem, precision: Precision) -> _Tiles:
         array_columns = model.array_columns.value
         activation_bits, weight_bits = precision.activation_bits, precision.weight_bits
         depth_lanes = model.array_rows.value * model.lanes(precision)

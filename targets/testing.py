@@ -27,10 +27,10 @@ from bitwright.vocabulary import BIT_WIDTHS, Layer, LayerCost, Precision
 __all__ = ["LAYERS", "check_accelerator"]
 
 LAYERS: Final[tuple[Layer, ...]] = (
-    Layer.conv(in_channels=64, out_channels=128, kernel=3, output=28, name="conv"),
+    Layer.conv(in_channels=256, out_channels=128, kernel=3, output=28, name="conv"),
     Layer.conv(in_channels=256, out_channels=256, kernel=1, output=14, batch=4, name="pointwise"),
     Layer.conv(in_channels=64, out_channels=64, kernel=3, output=28, groups=64, name="depthwise"),
-    Layer.conv(in_channels=64, out_channels=64, kernel=(1, 7), output=(16, 8), name="flat"),
+    Layer.conv(in_channels=256, out_channels=64, kernel=(1, 7), output=(16, 8), name="flat"),
     Layer.matmul(rows=1, in_features=1024, out_features=512, name="vector"),
     Layer.matmul(rows=64, in_features=512, out_features=512, name="matrix"),
     Layer.recurrent(in_features=256, out_features=1024, steps=16, batch=2, name="recurrent"),

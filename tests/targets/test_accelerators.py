@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib.metadata
 import itertools
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +14,37 @@ from typing import Any
 import pytest
 import yaml
 
-from bitwright import Precision, targets
+from bitwright import Layer, Precision, PrecisionPlan, targets
 from bitwright.errors import PlanError, UsageError
 from bitwright.targets import accelerators
 
 WIDTHS = (2, 4, 8, 16)
 
-DESCRIPTION = {
+DESCRIPTION: dict[str, Any] = {
     "schema_version": 1,
     "name": "mine/one",
     "summary": "An accelerator of a test",
+    "sources": {"test": {"text": "made up", "basis": "example"}},
     "precisions": {
         "weight_bits": [4, 8],
         "activation_bits": [8],
         "tied": False,
-        "source": "made up",
+        "source": "test",
     },
     "tvm_target": {"kind": "llvm", "keys": ["mine", "cpu"], "device": "mine", "model": "one"},
 }
 
 
 def write(path: Path, **changes: Any) -> Path:
-    path.write_text(yaml.safe_dump({**DESCRIPTION, **changes}))
+    """Write the description; ``a.b`` changes a field inside another."""
+    document = copy.deepcopy(DESCRIPTION)
+    for field, value in changes.items():
+        *outer, name = field.split(".")
+        part: dict[str, Any] = document
+        for key in outer:
+            part = part[key]
+        part[name] = value
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
@@ -52,16 +65,27 @@ def test_precisions_are_those_of_the_papers() -> None:
 
 def test_available() -> None:
     found = targets.available()
-    assert set(found) >= {"bitfusion/eyeriss", "silago/drra"}
+    assert set(found) == {
+        "bitfusion/eyeriss",
+        "bitfusion/mohaq",
+        "bitfusion/stripes",
+        "bitfusion/zigzag",
+        "generic/systolic",
+        "silago/drra",
+    }
+    assert targets.installed().problems == ()
     assert all(accelerator.name == name for name, accelerator in found.items())
-    assert all("arXiv" in accelerator.precisions.source for accelerator in found.values())
+    published = {name for name in found if not name.startswith("generic/")}
+    for name in published:
+        sources = found[name].sources
+        assert "arXiv" in sources[found[name].precisions.source].text
 
 
 def test_unknown_name_lists_what_exists() -> None:
     with pytest.raises(UsageError, match=r"no accelerator 'bitfusion'") as raised:
         targets.get("bitfusion")
     assert raised.value.fix is not None
-    assert "bitfusion/eyeriss, silago/drra" in raised.value.fix
+    assert all(name in raised.value.fix for name in targets.available())
 
 
 def test_check_names_the_refused_layers_and_what_is_allowed() -> None:
@@ -97,24 +121,28 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"schema_version": 2}, "schema_version is 2"),
-        ({"schema_version": None}, "schema_version is None"),
+        ({"schema_version": 2}, "schema_version': is 2"),
+        ({"schema_version": None}, "schema_version': is None"),
         ({"name": "no slash"}, "field 'name'"),
         ({"summary": ""}, "field 'summary'"),
-        ({"cost": 1}, "field 'cost'"),
-        ({"precisions": {**DESCRIPTION["precisions"], "weight_bits": [3]}}, "precisions.weight"),  # type: ignore[dict-item]
-        ({"precisions": {**DESCRIPTION["precisions"], "weight_bits": []}}, "precisions.weight"),  # type: ignore[dict-item]
-        ({"precisions": {**DESCRIPTION["precisions"], "source": ""}}, "precisions.source"),  # type: ignore[dict-item]
+        ({"cost": 1}, "field 'cost.model': is missing"),
+        ({"sources": {}}, "field 'sources'"),
+        ({"precisions.weight_bits": [3]}, "precisions.weight"),
+        ({"precisions.weight_bits": []}, "precisions.weight"),
+        ({"precisions.source": ""}, "precisions.source"),
+        ({"precisions.source": "another"}, "precisions.source': there is no source 'another'"),
         ({"precisions": None}, "field 'precisions'"),
-        ({"tvm_target": {**DESCRIPTION["tvm_target"], "kind": "cuda"}}, "tvm_target.kind"),  # type: ignore[dict-item]
-        ({"tvm_target": {**DESCRIPTION["tvm_target"], "x": 1}}, "tvm_target.x"),  # type: ignore[dict-item]
+        ({"layer_kinds": ["pool"]}, "layer_kinds.0"),
+        ({"weight_memory_bytes": {"value": -1, "source": "test"}}, "weight_memory_bytes.value"),
+        ({"tvm_target.kind": "cuda"}, "tvm_target.kind"),
+        ({"tvm_target.x": 1}, "tvm_target.x"),
     ],
 )
 def test_bad_descriptions(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "bad.yaml", **changes)
     with pytest.raises(UsageError, match=message) as raised:
         targets.get(path)
-    assert raised.value.where == str(path)
+    assert str(raised.value.where).startswith(f"{path}:")
 
 
 @pytest.mark.parametrize(
@@ -177,18 +205,76 @@ def test_plug_ins(package: Path) -> None:
     assert targets.get("mine/two").name == "mine/two"
 
 
-def test_a_clash_names_both_owners(package: Path) -> None:
+def test_a_clash_names_both_owners_and_leaves_the_others_alone(package: Path) -> None:
     write(package / "drra.yaml", name="silago/drra")
     with pytest.raises(UsageError, match="'silago/drra' is described twice") as raised:
         targets.get("silago/drra")
     assert "bitwright.targets.descriptions, silago_drra.yaml" in str(raised.value)
     assert "their_targets, drra.yaml" in str(raised.value)
+    assert targets.get("bitfusion/eyeriss").name == "bitfusion/eyeriss"
+    assert list(targets.installed().clashes) == ["silago/drra"]
 
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerators, "entry_points", entry_points_giving("no_such_package"))
-    with pytest.raises(UsageError, match="'no_such_package' cannot be loaded"):
-        targets.available()
+    (problem,) = targets.installed().problems
+    assert "'no_such_package' cannot be loaded" in str(problem)
+    assert targets.get("silago/drra").name == "silago/drra"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"their_targets/bad.yaml": "a: ["},
+        {"their_targets/__init__.py": "raise RuntimeError('no licence found')"},
+        {"their_targets/__init__.py": "import no_such_library"},
+    ],
+    ids=["description", "raises", "imports"],
+)
+def test_a_broken_plug_in_never_breaks_the_others(package: Path, broken: dict[str, str]) -> None:
+    working = set(targets.available())
+    for name, text in broken.items():
+        (package.parent / name).write_text(text)
+    sys.modules.pop("their_targets", None)  # imported a moment ago, when it still worked
+    found = targets.installed()
+    assert set(found.accelerators) == working
+    assert len(found.problems) == 1
+    with pytest.raises(UsageError) as raised:  # whoever looks for it is told
+        targets.get("mine/one")
+    assert str(found.problems[0].what) in str(raised.value)
+
+
+def test_a_cost_model_that_raises_on_import(package: Path) -> None:
+    (package / "costs.py").write_text("raise RuntimeError('no licence found')")
+    write(package / "one.yaml", cost={"model": "their_targets.costs:Costs"})
+    write(package / "two.yaml", name="mine/two")
+    found = targets.installed()
+    assert "mine/two" in found.accelerators
+    (problem,) = found.problems
+    assert "no licence found" in str(problem)
+    assert str(problem.where).startswith("their_targets, one.yaml:")
+
+
+def test_code_generation_works_beside_a_name_that_tvm_has(tmp_path: Path) -> None:
+    # In a process of its own: the names are registered when the module is imported.
+    folder = tmp_path / "their_targets"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    write(folder / "gpu.yaml", name="nvidia/geforce-rtx-3070")
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[bitwright.targets]\nx = their_targets\n")
+    code = "import bitwright.targets.codegen, tvm; print(tvm.target.Target('silago/drra').kind)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "llvm" in done.stdout
 
 
 def test_tvm_target() -> None:
@@ -207,3 +293,86 @@ def test_a_name_that_tvm_has_already(tmp_path: Path) -> None:
     accelerator = targets.get(write(tmp_path / "mine.yaml", name="nvidia/geforce-rtx-3070"))
     with pytest.raises(UsageError, match="TVM has another target"):
         accelerator.tvm_target()
+
+
+# -- layers and memory ---------------------------------------------------------------------------
+
+CONV = Layer.conv(in_channels=4, out_channels=8, kernel=3, output=5, name="conv")
+VECTOR = Layer.matmul(rows=1, in_features=100, out_features=10, name="vector")
+
+
+def test_kinds_of_layers_that_an_accelerator_lacks(tmp_path: Path) -> None:
+    accelerator = targets.get(write(tmp_path / "mine.yaml", layer_kinds=["conv"]))
+    plan = {"conv": Precision(8, 8), "vector": Precision(8, 8)}
+    accelerator.check_kinds([CONV], plan)
+    accelerator.check_kinds([CONV, VECTOR], {"conv": Precision(8, 8)})  # the other one is float
+    with pytest.raises(PlanError, match=r"cannot compute 1 layer: vector \(matmul\)") as raised:
+        accelerator.check_kinds([CONV, VECTOR], plan)
+    assert raised.value.fix == "it computes layers of the kinds conv"
+
+
+def test_a_plan_beyond_the_memory(tmp_path: Path) -> None:
+    memory = {"value": 1000, "source": "test"}  # 1,000 weights of the vector fit with 8 bits
+    accelerator = targets.get(write(tmp_path / "mine.yaml", weight_memory_bytes=memory))
+    accelerator.check_memory([VECTOR], {"vector": Precision(8, 8)})
+    plan = {"vector": Precision(8, 8), "conv": Precision(4, 8)}
+    with pytest.raises(PlanError) as raised:
+        accelerator.check_memory([VECTOR, CONV], plan, where="plan.json")
+    assert str(raised.value) == (
+        "plan.json: the weights take 1,144 bytes, and the memory of mine/one holds 1,000 bytes\n"
+        "  give large layers fewer bits: vector (w8a8, 1,000 bytes), conv (w4a8, 144 bytes)"
+    )
+
+
+# -- costs ---------------------------------------------------------------------------------------
+
+
+def test_no_cost_model(tmp_path: Path) -> None:
+    accelerator = targets.get(write(tmp_path / "mine.yaml"))
+    assert accelerator.frequency_mhz is None
+    with pytest.raises(UsageError, match="mine/one has no cost model"):
+        accelerator.cost(CONV, Precision(8, 8))
+
+
+def test_costs_of_what_an_accelerator_cannot_do() -> None:
+    with pytest.raises(PlanError, match=r"layer 'conv': silago/drra cannot do the precision"):
+        targets.get("silago/drra").cost(CONV, Precision(4, 8))
+    with pytest.raises(UsageError, match="no option 'im2col'"):
+        targets.get("silago/drra").cost(CONV, Precision(4, 4), im2col=True)
+    scan = Layer(name="s", kind="scan", batch=1, in_channels=4, out_channels=4)
+    with pytest.raises(UsageError, match="no cost for layers of the kind 'scan'"):
+        targets.get("silago/drra").cost(scan, Precision(4, 4))
+    unknown = dataclasses.replace(CONV, output=(None, 5))
+    with pytest.raises(UsageError, match="its sizes are not known") as raised:
+        targets.get("silago/drra").cost(unknown, Precision(4, 4))
+    assert "--input-shape" in str(raised.value)
+
+
+def test_a_model_costs_the_sum_of_its_layers() -> None:
+    accelerator = targets.get("bitfusion/eyeriss")
+    plan = {"conv": Precision(2, 8), "vector": Precision(16, 4)}
+    total = accelerator.model_cost([CONV, VECTOR], plan)
+    single = [accelerator.cost(layer, plan[layer.name]) for layer in (CONV, VECTOR)]
+    assert total.layers == tuple(single)
+    for name in ("macs", "cycles", "stall_cycles", "dram_read_bits", "dram_write_bits", "seconds"):
+        assert getattr(total, name) == sum(getattr(cost, name) for cost in single)
+    assert total.total_energy_pj == pytest.approx(sum(c.total_energy_pj or 0 for c in single))
+    assert total.memory_bits == 288 * 2 + 1000 * 16
+    assert total.relative_cycles is None
+    assert total.fits
+    assert accelerator.model_cost([CONV, VECTOR], PrecisionPlan(layers=plan)) == total
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ({"conv": Precision(8, 8)}, "has no precision for 1 layer: vector"),
+        (
+            dict.fromkeys(("conv", "vector", "other"), Precision(8, 8)),
+            "names what is not in the model: 1 layer: other",
+        ),
+    ],
+)
+def test_plans_of_other_models(plan: dict[str, Precision], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        targets.get("silago/drra").model_cost([CONV, VECTOR], plan)

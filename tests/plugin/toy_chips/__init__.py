@@ -1,0 +1,1 @@
+"""Accelerators of a package that is not bitwright's."""

@@ -1,0 +1,30 @@
+"""Descriptions of accelerators with something changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bitwright import targets
+
+DROPPED = object()
+
+
+def changed(folder: Path, name: str, changes: Mapping[str, Any]) -> Path:
+    """Write an installed description with other values; ``a.b`` is a field inside another."""
+    document = targets.get(name).model_dump(mode="json", by_alias=True, exclude_none=True)
+    for field, value in changes.items():
+        *outer, last = field.split(".")
+        part = document
+        for key in outer:
+            part = part[key]
+        if value is DROPPED:
+            del part[last]
+        else:
+            part[last] = value
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
