@@ -37,7 +37,6 @@ from bitwright.errors import (
     BitwrightError,
     ModelError,
     OutputError,
-    PlanError,
     RunError,
     UsageError,
     first_line,

@@ -190,7 +190,7 @@ def cost_document(model: Model, accelerator: Accelerator, plan: PrecisionPlan) -
     found, assumed = sized_layers(model)
     layers = tuple(layer for layer in found if layer.name in plan.layers)
     reason = _no_cost(layers, accelerator)
-    document = {"target": accelerator.name, "total": None, "layers": []}
+    document: dict[str, Any] = {"target": accelerator.name, "total": None, "layers": []}
     if reason is None:
         precisions = {layer.name: plan.layers[layer.name] for layer in layers}
         document = accelerator.model_cost(layers, precisions).to_dict()

@@ -483,7 +483,9 @@ def print_cost(result: Cost) -> None:
         )
     console.print(memory)
     if relative:
-        console.print("relative cycles: multiply-accumulates over the relative speed of a precision")
+        console.print(
+            "relative cycles: multiply-accumulates over the relative speed of a precision"
+        )
     if result.baseline is not None:
         console.print(_against(result, result.baseline))
     if result.assumed:

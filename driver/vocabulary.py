@@ -103,8 +103,8 @@ def _numbers(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, .
 class Layer:
     """One multiply-accumulate operator of a model: what the model asks of hardware.
 
-    Build one with :meth:`conv`, :meth:`matmul` or :meth:`recurrent`; :func:`bitwright.inspect` finds
-    those of a model. A number that depends on a symbolic dimension is None.
+    Build one with :meth:`conv`, :meth:`matmul` or :meth:`recurrent`; :func:`bitwright.inspect`
+    finds those of a model. A number that depends on a symbolic dimension is None.
 
     Attributes
     ----------

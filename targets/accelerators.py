@@ -272,7 +272,7 @@ class Accelerator(Data):
             )
         if layer.macs < 1:
             raise UsageError("computes nothing, so it has no cost", where=where)
-        known = [name for name in signature(model.layer_cost).parameters][2:]
+        known = list(signature(model.layer_cost).parameters)[2:]
         if unknown := [name for name in options if name not in known]:
             raise UsageError(
                 f"the cost model of {self.name} has no option {unknown[0]!r}",
@@ -433,7 +433,7 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
             raise document.error(["cost", "model"], error.what, error.fix) from error
         data["cost"] = document.validate(kind, cost, ("cost",))
     accelerator = document.validate(Accelerator, data)
-    named = [(("precisions",), accelerator.precisions.source)]
+    named: list[tuple[tuple[str, ...], str]] = [(("precisions",), accelerator.precisions.source)]
     named += [(tuple(e.field.split("[")[0].split(".")), e.source) for e in entries(accelerator)]
     for path, source in named:
         if source not in accelerator.sources:

@@ -1,8 +1,8 @@
 """Bit Fusion: a systolic array of fusion units that split into more multipliers for fewer bits.
 
-Sharma et al., "Bit Fusion", ISCA 2018, arXiv 1712.01507. Cycles, stall cycles and traffic follow the
-equations of the authors' public simulator, for every tiling into powers of two and every order of
-the five loops over tiles. ``docs/targets.md`` says what goes beyond it.
+Sharma et al., "Bit Fusion", ISCA 2018, arXiv 1712.01507. Cycles, stall cycles and traffic follow
+the equations of the authors' public simulator, for every tiling into powers of two and every order
+of the five loops over tiles. ``docs/targets.md`` says what goes beyond it.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ def problem_of(layer: Layer, im2col: bool | None) -> tuple[Problem, int]:
     Beyond the simulator: the groups of a convolution one by one, the steps of a recurrence one by
     one, one-dimensional convolutions as rows, and those of three dimensions slice by slice.
     """
-    assert layer.batch is not None and layer.steps is not None
+    assert layer.batch is not None
+    assert layer.steps is not None
     if layer.kind != "conv":
         size = (layer.batch, 1, 1, layer.in_channels, layer.out_channels)
         return Problem(*size), layer.steps
@@ -291,8 +292,9 @@ def _cheapest(model: BitFusion, problem: Problem, precision: Precision) -> _Best
     )
 
 
-def _ceil_div(numbers: Array, by: Array | int) -> Array:
-    return -(-numbers // by)
+def _ceil_div(numbers: Any, by: Any) -> Array:
+    quotient: Array = -(-numbers // by)
+    return quotient
 
 
 def _traffic(
@@ -391,7 +393,8 @@ class _Tiles:
         )
         largest = math.prod(problem.sizes) * per_position * 2**5  # a trip may be half empty
         dtype: type = np.int64 if largest < 2**62 else object
-        batch, side, ins, outs = (axis.ravel().astype(dtype) for axis in grid)
+        axes: list[Array] = [axis.ravel().astype(dtype) for axis in grid]
+        batch, side, ins, outs = axes
         height, width = np.minimum(side, problem.height), np.minimum(side, problem.width)
         counts = np.stack(
             [

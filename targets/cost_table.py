@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import PlanError, UsageError, first_line
-from bitwright.targets.accelerators import Accelerator, precisions_of
+from bitwright.targets.accelerators import Accelerator
 from bitwright.vocabulary import Layer, LayerCost, Precision, PrecisionPlan
 
 __all__ = ["QUANTITIES", "CostTable", "cache_file", "cost_table"]
@@ -85,7 +85,9 @@ class CostTable:
         try:
             return np.array([index[_fields(chosen[name])] for name in self.layers], dtype=np.intp)
         except KeyError:
-            name = next(n for n in self.layers if n not in chosen or _fields(chosen[n]) not in index)
+            name = next(
+                n for n in self.layers if n not in chosen or _fields(chosen[n]) not in index
+            )
             raise PlanError(
                 f"layer {name!r} has no precision that is in the table of costs: "
                 f"{chosen.get(name, 'none at all')}",
@@ -183,10 +185,7 @@ def cost_table(
                 progress(number + 1, len(layers))
     values = np.array(
         [
-            [
-                [np.nan if getattr(c, q) is None else getattr(c, q) for q in QUANTITIES]
-                for c in row
-            ]
+            [[np.nan if getattr(c, q) is None else getattr(c, q) for q in QUANTITIES] for c in row]
             for row in costs
         ],
         dtype=np.float64,

@@ -93,7 +93,7 @@ def objectives(
     if elementwise_operations is None:
         elementwise_operations = _OPERATIONS_PER_VECTOR_VALUE * vector_values
     allowed = accelerator.allowed_precisions
-    widest = baseline or max(allowed, key=lambda p: (p.weight_bits + p.activation_bits))
+    widest = baseline or max(allowed, key=lambda p: p.weight_bits + p.activation_bits)
 
     def cost(choice: PrecisionPlan | Mapping[str, Precision] | Precision) -> ModelCost:
         return accelerator.model_cost(layers, choice, vector_values=vector_values)

@@ -1,7 +1,7 @@
 """Costs by precision alone: a table of what a multiply-accumulate costs at each precision.
 
-The form of the SiLago and Bit Fusion models in Rezk et al., "MOHAQ", Journal of Systems Architecture
-133, 2022, arXiv 2108.01192, and of what one measures on an accelerator of one's own.
+The form of the SiLago and Bit Fusion models in Rezk et al., "MOHAQ", Journal of Systems
+Architecture 133, 2022, arXiv 2108.01192, and of what one measures on an accelerator of one's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A systolic array for matrix products: utilisation of the array, and a roofline.
 
 Weight-stationary: a block of weights lies in the array while inputs stream through it. Cycles are
-those of the array, as in Samajdar et al., "SCALE-Sim", arXiv 1811.02883 (section on weight-stationary
-mapping), or those of external memory, whichever is more (Williams, Waterman and Patterson,
-"Roofline", CACM 52(4), 2009). ``docs/targets.md`` says what this leaves out.
+those of the array, or those of external memory, whichever is more (Williams, Waterman and
+Patterson, "Roofline", CACM 52(4), 2009). ``docs/targets.md`` says what this leaves out.
 """
 
 from __future__ import annotations
@@ -130,7 +129,8 @@ class _Work:
 
     @classmethod
     def of(cls, layer: Layer) -> _Work:
-        assert layer.batch is not None and layer.steps is not None
+        assert layer.batch is not None
+        assert layer.steps is not None
         output = [size for size in layer.output if size is not None]
         spans = (
             dilation * (kernel - 1) + 1 + (size - 1) * stride

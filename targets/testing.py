@@ -98,8 +98,7 @@ def check_accelerator(
     again = type(found).model_validate(found.model_dump(by_alias=True) | {"cost": found.cost_model})
     for layer in reversed(known):
         renamed = {
-            precision: replace(cost, layer="other")
-            for precision, cost in costs[layer.name].items()
+            precision: replace(cost, layer="other") for precision, cost in costs[layer.name].items()
         }
         assert _costs(again, replace(layer, name="other")) == renamed, (
             f"{layer.name}: two equal calls, two costs"

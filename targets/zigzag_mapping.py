@@ -139,7 +139,9 @@ def best_mapping(
     accelerator = _accelerator(model, precision, lanes, columns)
     bandwidth = model.dram_bits_per_cycle.value
     try:
-        found = [(_cycles(e, bandwidth), e) for e in _evaluations(accelerator, layer, cycles_per_step)]
+        found = [
+            (_cycles(e, bandwidth), e) for e in _evaluations(accelerator, layer, cycles_per_step)
+        ]
     except Exception as error:
         if type(error).__name__ != "MemoryTooSmallException":
             raise
@@ -170,7 +172,8 @@ def _cycles(evaluation: Any, bandwidth: int) -> int:
     the one port that they share.
     """
     moved = sum(sum(_traffic(evaluation, operand, _DRAM)) for operand in _OPERANDS)
-    return max(math.ceil(evaluation.latency_total2), math.ceil(moved / bandwidth))
+    latency: int = math.ceil(evaluation.latency_total2)
+    return max(latency, math.ceil(moved / bandwidth))
 
 
 def _traffic(evaluation: Any, operand: Any, level: int) -> tuple[int, int]:
@@ -193,7 +196,9 @@ def _accelerator(model: BitFusion, precision: Precision, lanes: int, columns: in
         lanes * precision.activation_bits,
         columns * model.partial_sum_bits.value,
     )
-    hierarchy = MemoryHierarchy(MultiplierArray(Multiplier(0.0, 0.0), {_ROWS: lanes, _COLUMNS: columns}))
+    hierarchy = MemoryHierarchy(
+        MultiplierArray(Multiplier(0.0, 0.0), {_ROWS: lanes, _COLUMNS: columns})
+    )
     for operand, half, word, energy in zip(
         _OPERANDS, model.half_buffer_bits, words, model.buffer_energies, strict=True
     ):
@@ -244,9 +249,7 @@ def _layer(
     precision: Precision,
     spatial: Any,
 ) -> Any:
-    windows = zip(
-        (IY, IX), (OY, OX), (FY, FX), problem.stride, problem.dilation, strict=True
-    )
+    windows = zip((IY, IX), (OY, OX), (FY, FX), problem.stride, problem.dilation, strict=True)
     outputs = model.partial_sum_bits.value
     widths = {
         _WEIGHTS: precision.weight_bits,
@@ -319,7 +322,7 @@ def _loop_orders(
         for dim, size in layer.layer_dim_sizes.data.items()
     }
     kernel = {dim: loops[dim] for dim in _KERNEL_LOOPS}
-    nests = _TILED_LOOPS
+    nests: tuple[tuple[Any, ...], ...] = _TILED_LOOPS
     tiles = _largest_tiles(accelerator, layer, unrolling, loops, kernel)
     if not tiles:
         kernel, nests = dict.fromkeys(_KERNEL_LOOPS, 1), (*_TILED_LOOPS, _KERNEL_LOOPS)
@@ -374,7 +377,7 @@ def _largest_tiles(
 
 
 def _nested_tiles(loops: Tile) -> list[Tile]:
-    """Growing tiles over nested loops: an outer loop is split once the loops inside it are whole."""
+    """Growing tiles over nested loops: an outer one is split once those inside it are whole."""
     tiles: list[Tile] = [dict.fromkeys(loops, 1)]
     for dim, size in loops.items():
         tiles += [{**tiles[-1], dim: divisor} for divisor in _divisors(size)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -137,15 +138,24 @@ def traces(page: str) -> list[dict[str, Any]]:
     return list(data)
 
 
+def numbers(values: Any) -> list[float]:
+    """Numbers of a trace; plotly packs some as bytes."""
+    if isinstance(values, dict):
+        return list(np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]))
+    return list(values)
+
+
 def test_bars_are_the_costs(tmp_path: Path) -> None:
     path = tmp_path / "cost.html"
     found = bitwright.cost(
         MODEL, "bitfusion/eyeriss", precision="w4a4", baseline="w16a16", plot=path
-    )
+    ).cost
     drawn = {trace["name"]: trace for trace in traces(path.read_text())}
     assert set(drawn) >= {"compute", "stalls", "core", "dram", "read", "written", "weights"}
     assert drawn["stalls"]["x"] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
     assert "all w16a16" in drawn
+    assert numbers(drawn["stalls"]["y"]) == [cost.stall_cycles for cost in found.layers]
+    assert numbers(drawn["read"]["y"]) == [(c.dram_read_bits or 0) / 2**13 for c in found.layers]
 
 
 def test_the_page_needs_no_network(tmp_path: Path) -> None:
@@ -239,9 +249,7 @@ def test_no_cost_model(tmp_path: Path, few: Path) -> None:
     assert got.cost["reason"] == "silago/drra has no cost model"
 
 
-def test_a_cost_model_that_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cost_model_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "failing_costs.py").write_text(
         "from bitwright.targets import CostModel\n"
         "class Failing(CostModel):\n"

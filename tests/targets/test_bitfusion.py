@@ -69,7 +69,7 @@ def test_configuration_is_that_of_the_published_layers() -> None:
 
 @pytest.mark.parametrize(
     "precision, macs",
-    # arXiv 1712.01507: a fusion unit does 1 to 16 multiply-accumulates a cycle, one of 16 bits in 4.
+    # arXiv 1712.01507: a unit does 1 to 16 multiply-accumulates a cycle, one of 16 bits in four.
     [("w8a8", 1), ("w2a2", 16), ("w2a8", 4), ("w4a4", 4), ("w16a16", 1 / 4), ("w16a8", 1 / 2)],
 )
 def test_multiply_accumulates_of_a_fusion_unit(precision: str, macs: float) -> None:
@@ -117,10 +117,10 @@ def plain(accelerator: Accelerator, layer: Layer, precision: Precision, im2col: 
     sizes = {"b": batch, "h": oh, "w": ow, "i": ic, "o": oc}
     step = 1 if im2col else columns
     best: Any = None
-    for tb, side, ti, power in itertools.product(
+    for images, side, channels, power in itertools.product(
         powers(batch), powers(max(oh, ow)), powers(ic), powers(oc / step)
     ):
-        to, tb, ti = step * power, min(tb, batch), min(ti, ic)
+        to, tb, ti = step * power, min(images, batch), min(channels, ic)
         th, tw = min(side, oh), min(side, ow)
         if im2col:
             compute = tb * th * tw * math.ceil(to / columns) * math.ceil(kh * kw * ti / lanes)

@@ -20,7 +20,8 @@ def test_speed_of_bit_fusion_in_mohaq(weight_bits: int, activation_bits: int) ->
     published = {256: 1, 128: 2, 64: 4, 32: 8, 16: 16, 8: 32, 4: 64}
     cost = targets.get("bitfusion/mohaq").cost(CONV, Precision(weight_bits, activation_bits))
     assert cost.relative_cycles == CONV.macs / published[weight_bits * activation_bits]  # type: ignore[operator]
-    assert cost.cycles is cost.seconds is cost.energy_pj is cost.dram_read_bits is None
+    undefined = (cost.cycles, cost.seconds, cost.energy_pj, cost.dram_read_bits)
+    assert undefined == (None,) * 4
 
 
 @pytest.mark.parametrize(

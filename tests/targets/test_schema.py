@@ -103,7 +103,7 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
     for part in field.split("."):
         value = value[part]
     number = value["value"]
-    negative = {key: -1 for key in number} if isinstance(number, dict) else -1
+    negative = dict.fromkeys(number, -1) if isinstance(number, dict) else -1
     error = refused(changed(tmp_path, name, {f"{field}.value": negative}))
     assert f"field '{field}.value" in error.what
     assert "greater than 0, not -1" in error.what
@@ -193,7 +193,12 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
             "a cost model is a subclass of bitwright.targets.CostModel",
             "model: pathlib:Path",
         ),
-        ({"cost": DROPPED, "costs": {}}, "field 'costs': there is no such field", None, "costs: {}"),
+        (
+            {"cost": DROPPED, "costs": {}},
+            "field 'costs': there is no such field",
+            None,
+            "costs: {}",
+        ),
     ],
 )
 def test_what_is_wrong_where_and_the_way_out(

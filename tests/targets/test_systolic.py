@@ -20,7 +20,7 @@ def with_bandwidth(folder: Path, bits_per_cycle: int, **changes: object) -> targ
 
 def test_cycles_of_blocks_of_weights(tmp_path: Path) -> None:
     # 128 terms and 64 channels are 4 x 2 blocks of the array; 1,000 rows stream through each, and
-    # 62 cycles pass until the last sum has left (SCALE-Sim, arXiv 1811.02883).
+    # 62 cycles pass until the last sum has left.
     layer = Layer.matmul(rows=1000, in_features=128, out_features=64)
     fast = with_bandwidth(tmp_path, 10**6)
     cost = fast.cost(layer, W8A8)

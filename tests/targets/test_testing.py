@@ -91,9 +91,7 @@ def test_what_does_not_conform_is_found(wrong: str, monkeypatch: pytest.MonkeyPa
         check_accelerator("silago/drra")
 
 
-def test_precisions_that_are_not_honoured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_precisions_that_are_not_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = changed(tmp_path, "bitfusion/eyeriss", {"precisions.weight_bits": [4, 8]})
     check_accelerator(few)
     monkeypatch.setattr(Accelerator, "check", lambda *_args, **_options: None)
