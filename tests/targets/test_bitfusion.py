@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.bitfusion_loops import cheapest
 from bitwright import Layer, LayerCost, Precision, targets
 from bitwright.errors import UsageError
-from bitwright.targets import Accelerator
 from tests.targets.descriptions import changed
 
 GOLDEN = json.loads((Path(__file__).parent / "bitfusion_layers.json").read_text())
@@ -93,76 +92,6 @@ def test_speed_goes_with_the_product_of_the_widths(bits: tuple[int, int]) -> Non
 # -- the equations, one case at a time -----------------------------------------------------------
 
 
-def powers(size: float) -> Iterator[int]:
-    """1, 2, 4, ... up to the first that is not below the size."""
-    yield from itertools.takewhile(
-        lambda power: power < 2 * max(size, 1), (2**e for e in itertools.count())
-    )
-
-
-def plain(accelerator: Accelerator, layer: Layer, precision: Precision, im2col: bool) -> Any:
-    """The simulator's equations in plain loops: the best over all tilings and all 120 orders."""
-    model: Any = accelerator.cost_model
-    rows, columns = model.array_rows.value, model.array_columns.value
-    bandwidth = model.dram_bits_per_cycle.value
-    halves = [
-        1024 * 8 * getattr(model, f"{name}_buffer_kib").value // 2
-        for name in ("weight", "input", "output")
-    ]
-    ib, wb = precision.activation_bits, precision.weight_bits
-    lanes = rows * max(1, 8 // max(ib, 2)) * max(1, 8 // max(wb, 2))
-    steps = math.ceil(ib / 8) * math.ceil(wb / 8)
-    batch, ic, oc = layer.batch or 0, layer.in_channels, layer.out_channels
-    (kh, kw), (oh, ow) = layer.kernel, (layer.output[0] or 0, layer.output[1] or 0)
-    sizes = {"b": batch, "h": oh, "w": ow, "i": ic, "o": oc}
-    step = 1 if im2col else columns
-    best: Any = None
-    for images, side, channels, power in itertools.product(
-        powers(batch), powers(max(oh, ow)), powers(ic), powers(oc / step)
-    ):
-        to, tb, ti = step * power, min(images, batch), min(channels, ic)
-        th, tw = min(side, oh), min(side, ow)
-        if im2col:
-            compute = tb * th * tw * math.ceil(to / columns) * math.ceil(kh * kw * ti / lanes)
-            inputs = th * tw * kh * kw * ti * tb * ib
-        else:
-            compute = tb * th * tw * math.ceil(to / columns) * kh * kw * math.ceil(ti / lanes)
-            ih = layer.dilation[0] * (kh - 1) + 1 + (th - 1) * layer.stride[0]
-            iw = layer.dilation[1] * (kw - 1) + 1 + (tw - 1) * layer.stride[1]
-            inputs = ih * iw * ti * tb * ib
-        weights = math.ceil(kh * kw * ti / lanes) * lanes * to * wb
-        outputs = tb * th * tw * math.ceil(to / columns) * columns * 32
-        tiles = {"b": tb, "h": th, "w": tw, "i": ti, "o": to}
-        if any(t > half for t, half in zip((weights, inputs, outputs), halves, strict=True)):
-            continue
-        counts = {name: math.ceil(sizes[name] / tiles[name]) for name in sizes}
-        compute *= steps * math.prod(counts.values())
-        for order in itertools.permutations(sizes):
-            found = []
-            for tile, half, depends in zip(
-                (weights, inputs, outputs), halves, ("io", "bhwi", "bhwo"), strict=True
-            ):
-                kept = moved = tile
-                promoted = True
-                for loop in order:
-                    if promoted and loop in depends:
-                        moved *= counts[loop]
-                        promoted = moved <= half
-                        kept = moved if promoted else kept
-                    elif not promoted:
-                        moved *= counts[loop]
-                found.append((moved, kept))
-            read, write = sum(moved for moved, _ in found), found[2][0]
-            first, last = sum(kept for _, kept in found), found[2][1]
-            latency = math.ceil(first / bandwidth) + math.ceil(last / bandwidth)
-            middle = math.ceil((read + write - first - last) / bandwidth)
-            stalls = max(0, middle - compute) + latency
-            key = (compute + stalls, read + write, read)
-            if best is None or key < best[0]:
-                best = key, (compute + stalls, stalls, read, write)
-    return best[1]
-
-
 @pytest.mark.parametrize("row", GOLDEN["layers"][-2:], ids=lambda row: str(row["name"]))
 def test_the_plain_loops_give_published_numbers(row: dict[str, Any]) -> None:
     layer = Layer.conv(
@@ -172,7 +101,7 @@ def test_the_plain_loops_give_published_numbers(row: dict[str, Any]) -> None:
         output=row["output"],
         batch=16,
     )
-    found = plain(
+    found = cheapest(
         EYERISS, layer, Precision(row["weight_bits"], row["activation_bits"]), row["im2col"]
     )
     assert found == (
@@ -205,7 +134,7 @@ def test_the_search_finds_what_plain_loops_find(
 ) -> None:
     accelerator = STRIPES if stripes else EYERISS
     cost = accelerator.cost(layer, precision, im2col=im2col)
-    assert numbers(cost) == plain(accelerator, layer, precision, im2col)
+    assert numbers(cost) == cheapest(accelerator, layer, precision, im2col)
 
 
 # -- beyond the simulator ------------------------------------------------------------------------
