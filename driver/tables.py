@@ -396,9 +396,8 @@ def print_target(accelerator: Accelerator) -> None:
     table = _table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis
-        table.add_row(
-            escape(entry.field), entry.unit, basis, escape(entry.source), f"{entry.value:,}"
-        )
+        value = f"{int(entry.value):,}" if entry.value == int(entry.value) else str(entry.value)
+        table.add_row(escape(entry.field), entry.unit, basis, escape(entry.source), value)
     if table.row_count:
         console.print(table)
     for key, source in accelerator.sources.items():

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bitwright import PrecisionPlan
+from bitwright import PrecisionPlan, targets
+from bitwright.targets.schema import entries
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -23,7 +24,22 @@ DOCUMENTS = [
 ]
 
 
-RUN = ["README.md", "docs/artefact.md", "docs/write-a-metric.md", "docs/write-a-pass.md"]
+RUN = [
+    "README.md",
+    "docs/artefact.md",
+    "docs/targets.md",
+    "docs/write-a-metric.md",
+    "docs/write-a-pass.md",
+    "docs/write-a-target.md",
+]
+# Blocks that the reader is told to save: document to language to names, the first blocks of it.
+SAVED = {
+    "docs/write-a-metric.md": {"python": ["my_metrics.py"]},
+    "docs/write-a-target.md": {
+        "yaml": ["my_chip.yaml", "my_serial_chip.yaml"],
+        "python": ["my_costs.py"],
+    },
+}
 
 
 def blocks(document: str, language: str) -> Iterator[str]:
@@ -65,8 +81,12 @@ def run(command: list[str] | str, folder: Path) -> None:
 @pytest.mark.parametrize("document", RUN)
 def test_the_commands_and_programs_of_a_document_run(document: str, workshop: Path) -> None:
     programs = list(blocks(document, "python"))
-    if document == "docs/write-a-metric.md":
-        (workshop / "my_metrics.py").write_text(programs.pop(0))
+    for language, names in SAVED.get(document, {}).items():
+        for name, text in zip(names, blocks(document, language), strict=False):
+            assert f"`{name}`" in (ROOT / document).read_text(encoding="utf-8")
+            (workshop / name).write_text(text)
+            if language == "python":
+                programs.remove(text)
     shown = [line for line in commands(document) if not line.startswith("make ")]
     assert shown or programs
     for line in shown:
@@ -108,8 +128,24 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (ROOT / document).parent.joinpath(target).exists(), (document, target)
 
 
-def test_the_entry_point_that_is_shown_is_the_one_bitwright_uses() -> None:
-    (shown,) = blocks("docs/write-a-metric.md", "toml")
+@pytest.mark.parametrize("name", sorted(targets.available()))
+def test_the_tables_of_targets_are_their_descriptions(name: str) -> None:
+    text = (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
+    section = text.partition(f"### {name}\n")[2].partition("\n#")[0]
+    accelerator = targets.get(name)
+    rows = ["| number | value | unit | basis | source |", "|---|---|---|---|---|"]
+    for entry in entries(accelerator):
+        value = f"{int(entry.value):,}" if entry.value == int(entry.value) else str(entry.value)
+        basis = accelerator.sources[entry.source].basis
+        cells = (f"`{entry.field}`", value, entry.unit or "-", basis, entry.source)
+        rows.append(f"| {' | '.join(cells)} |")
+    sources = [f"*{k}* ({s.basis}): {s.text}." for k, s in accelerator.sources.items()]
+    assert section.strip() == "\n".join([*rows, "", *sources]), "paste what is expected"
+
+
+@pytest.mark.parametrize("document", ["docs/write-a-metric.md", "docs/write-a-target.md"])
+def test_the_entry_point_that_is_shown_is_the_one_bitwright_uses(document: str) -> None:
+    (shown,) = blocks(document, "toml")
     group = tomllib.loads(shown)["project"]["entry-points"]
     own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     assert set(group) <= set(own)

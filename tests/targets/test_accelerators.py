@@ -289,6 +289,17 @@ def test_tvm_target() -> None:
         assert exported["model"] == "eyeriss"
 
 
+@pytest.mark.parametrize("name", sorted(targets.available()))
+def test_every_accelerator_is_a_target_of_tvm(name: str) -> None:
+    import bitwright.targets.codegen  # noqa: F401 - which makes them known
+    from tvm.target import Target
+
+    target = Target(name)
+    family, _, model = name.partition("/")
+    assert list(target.keys) == [family if family != "generic" else "systolic", "cpu"]
+    assert str(target.export()["model"]) == (model if family != "generic" else "generic")
+
+
 def test_a_name_that_tvm_has_already(tmp_path: Path) -> None:
     accelerator = targets.get(write(tmp_path / "mine.yaml", name="nvidia/geforce-rtx-3070"))
     with pytest.raises(UsageError, match="TVM has another target"):

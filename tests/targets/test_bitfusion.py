@@ -208,6 +208,20 @@ def test_energy_of_buffers_where_a_layer_is_one_tile() -> None:
     assert cost.energy_pj["output_buffer"] == pytest.approx(2 * 32 * 32 * (0.033 + 0.073))
 
 
+def test_fewer_bits_may_take_more_energy() -> None:
+    # As docs/targets.md says: the fewest cycles win, whatever they move.
+    layer = Layer.conv(in_channels=512, out_channels=512, kernel=3, output=14, batch=4)
+    narrow, wide = (STRIPES.cost(layer, Precision(4, bits)) for bits in (4, 8))
+    assert (narrow.cycles or 0) < (wide.cycles or 0)
+    assert (narrow.total_energy_pj or 0) > 3 * (wide.total_energy_pj or 0)
+
+
+def test_few_input_channels_may_take_more_cycles_at_fewer_bits() -> None:
+    layer = Layer.matmul(rows=1, in_features=23, out_features=3300)  # MOHAQ's first layer
+    narrow, wide = (EYERISS.cost(layer, Precision(4, bits)).cycles or 0 for bits in (2, 8))
+    assert narrow > 2 * wide
+
+
 def test_numbers_beyond_64_bits_are_exact() -> None:
     # Powers of two throughout: ten times the rows take ten times the cycles, but for the ends.
     small = Layer.matmul(rows=2**20, in_features=2**20, out_features=2**20)
