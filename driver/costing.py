@@ -11,7 +11,7 @@ from typing import Any, Final
 from bitwright import targets
 from bitwright.errors import ModelError, UsageError
 from bitwright.files import check_writable, write_atomically
-from bitwright.inspection import one_sample
+from bitwright.inspection import one_sample, shape_option
 from bitwright.planning import plan_for, plan_of
 from bitwright.quant.layers import find_layers
 from bitwright.quant.load import Model, load
@@ -152,6 +152,13 @@ def cost(
         )
     where = str(plan) if isinstance(plan, str | Path) else loaded.source
     accelerator.check_kinds(layers, complete.layers, where=where)
+    unsized = [layer.name for layer in layers if layer.macs is None]
+    if unsized:
+        raise UsageError(
+            f"the sizes of layer {unsized[0]!r} are not fixed, so it has no cost",
+            where=loaded.source,
+            fix=f"fix them: {shape_option(loaded.inputs)}",
+        )
     result = Cost(
         source=loaded.source,
         where=where,

@@ -11,7 +11,7 @@ from bitwright.quant.layers import NotLayer, find_layers, layer_nodes, quantized
 from bitwright.quant.load import Model, ValueType, load
 from bitwright.vocabulary import Layer, Precision
 
-__all__ = ["Inspection", "inspect", "one_sample"]
+__all__ = ["Inspection", "inspect", "one_sample", "shape_option"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,15 @@ def inspect(
         weights_hash=original.weights_hash,
         notes=original.notes,
     )
+
+
+def shape_option(inputs: Sequence[ValueType]) -> str:
+    """The option that fixes the sizes of the first input that needs it."""
+    for entry in inputs:
+        if any(isinstance(dim, str) for dim in entry.shape or ()):
+            sizes = (str(d) if isinstance(d, int) else "<size>" for d in entry.shape or ())
+            return f"--input-shape {entry.name}={','.join(sizes)}"
+    return "--input-shape"
 
 
 def one_sample(model: Model) -> tuple[Model, tuple[str, ...]]:

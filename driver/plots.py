@@ -102,7 +102,7 @@ def cost_page(result: Cost) -> str:
         figure.update_yaxes(title_text=chart.unit, rangemode="tozero", row=row, col=1)
         top = figure.layout[f"yaxis{number}"].domain[1]
         figure.update_layout({f"legend{number}": {"y": top, "yanchor": "top", "x": 1.01}})
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="category", range=[-0.5, len(names) - 0.5])
     figure.update_layout(
         title_text=html.escape(title),
         barmode="stack",

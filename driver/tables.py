@@ -14,7 +14,7 @@ from bitwright.artifact import Artifact, HostOperator, LayerEntry
 from bitwright.compilation import Passes
 from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
-from bitwright.inspection import Inspection
+from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
 from bitwright.targets import Accelerator, Installed
 from bitwright.targets.schema import entries as numbers
@@ -72,17 +72,6 @@ def _kind(layer: Layer) -> str:
     return layer.kind
 
 
-def _shape_option(result: Inspection) -> str:
-    """The option that fixes the sizes of the first input that needs it."""
-    for entry in result.inputs:
-        if any(isinstance(dim, str) for dim in entry.shape or ()):
-            sizes = ",".join(
-                str(dim) if isinstance(dim, int) else "<size>" for dim in entry.shape or ()
-            )
-            return escape(f"--input-shape {entry.name}={sizes}")
-    return "--input-shape"
-
-
 def print_inspection(result: Inspection) -> None:
     """Print layers and the reasons why the other operators are none."""
     console = _console()
@@ -120,7 +109,8 @@ def print_inspection(result: Inspection) -> None:
         console.print(f"MACs of one sample: {escape(', '.join(result.assumed))}")
     if result.macs is None:
         console.print(
-            f"'-' depends on a size that is not fixed; fix it with {_shape_option(result)}"
+            f"'-' depends on a size that is not fixed; fix it with "
+            f"{escape(shape_option(result.inputs))}"
         )
     groups: dict[tuple[str, str], list[str]] = {}
     for other in result.others:
@@ -475,12 +465,11 @@ def print_cost(result: Cost) -> None:
     if (parts := total.energy_pj) is not None:
         shown = (f"{name.replace('_', ' ')} {_energy(value)}" for name, value in parts.items())
         console.print(f"energy: {_energy(total.total_energy_pj)}: {', '.join(shown)}")
-    memory = f"memory for weights: {_bits(total.memory_bits)}"
     if total.capacity_bits is not None:
-        memory += (
-            f" of {_bits(total.capacity_bits)}, {_part(total.memory_bits, total.capacity_bits)}"
+        console.print(
+            f"weights: {_bits(total.memory_bits)} of {_bits(total.capacity_bits)} memory, "
+            f"{_part(total.memory_bits, total.capacity_bits)}"
         )
-    console.print(memory)
     if relative:
         console.print(
             "relative cycles: multiply-accumulates over the relative speed of a precision"
