@@ -291,8 +291,9 @@ def test_tvm_target() -> None:
 
 @pytest.mark.parametrize("name", sorted(targets.available()))
 def test_every_accelerator_is_a_target_of_tvm(name: str) -> None:
-    import bitwright.targets.codegen  # noqa: F401 - which makes them known
     from tvm.target import Target
+
+    import bitwright.targets.codegen  # noqa: F401 - which makes them known
 
     target = Target(name)
     family, _, model = name.partition("/")
