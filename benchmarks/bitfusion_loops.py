@@ -87,5 +87,5 @@ def cheapest(
             key = (compute + stalls, read + write, read)
             if best is None or key < best[0]:
                 best = key, (compute + stalls, stalls, read, write)
-    found: tuple[int, int, int, int] = best[1]
-    return found
+    numbers: tuple[int, int, int, int] = best[1]
+    return numbers

@@ -1670,7 +1670,7 @@ def test_plan_that_the_target_cannot_do(bench: Bench) -> None:
 
 def test_target_that_does_not_exist(bench: Bench) -> None:
     message = bench.refuse(bench.words("compile", target="bitfusion"))
-    assert "choose one of bitfusion/eyeriss, silago/drra" in message
+    assert "choose one of bitfusion/eyeriss, bitfusion/mohaq, bitfusion/stripes" in message
     missing = bench.folder / "missing.yaml"
     assert "cannot be read" in bench.refuse(bench.words("compile", target=missing))
 

@@ -469,6 +469,7 @@ def accelerator(folder: Path, weight_bits: list[int], activation_bits: list[int]
         "schema_version": 1,
         "name": "tests/some",
         "summary": "an accelerator of the tests",
+        "sources": {"none": {"text": "made up", "basis": "example"}},
         "precisions": {
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
