@@ -84,7 +84,7 @@ def cheapest(
             latency = math.ceil(first / bandwidth) + math.ceil(last / bandwidth)
             middle = math.ceil((read + write - first - last) / bandwidth)
             stalls = max(0, middle - compute) + latency
-            key = (compute + stalls, read + write, read)
+            key = (compute + stalls, read + write, read, compute)
             if best is None or key < best[0]:
                 best = key, (compute + stalls, stalls, read, write)
     numbers: tuple[int, int, int, int] = best[1]

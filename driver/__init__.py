@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitwright import targets
     from bitwright.artifact import Artifact, load_artifact
     from bitwright.compilation import (
         Passes,
@@ -52,6 +53,7 @@ __all__ = [
     "make_plan",
     "quantize",
     "run",
+    "targets",
 ]
 
 _HOMES = {
@@ -84,6 +86,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "targets":  # a package of its own: bitwright.targets.get("bitfusion/eyeriss")
+        return import_module("bitwright.targets")
     if name not in _HOMES:
         raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
     value = getattr(import_module(f"bitwright.{_HOMES[name]}"), name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bitwright import targets
-from bitwright.errors import ModelError, UsageError
+from bitwright import targets, units
+from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.files import check_writable, write_atomically
 from bitwright.inspection import one_sample, shape_option
 from bitwright.planning import plan_for, plan_of
-from bitwright.quant.layers import find_layers
+from bitwright.quant.layers import NotLayer, find_layers
 from bitwright.quant.load import Model, load
 from bitwright.targets import Accelerator
 from bitwright.vocabulary import Layer, ModelCost, Precision, PrecisionPlan
@@ -45,6 +46,9 @@ class Cost:
         The precision of all layers to compare with, and what that costs; None if not asked for.
     float_layers
         Layers of a quantized model that have no precision: they stay on the host.
+    not_counted
+        Operators that compute and are no layers (sums, tables, pooling, ...), and how many: cost
+        models know layers only.
     assumed
         Symbolic leading dimensions that were taken as 1, by input.
     """
@@ -58,12 +62,21 @@ class Cost:
     baseline_precision: Precision | None
     baseline: ModelCost | None
     float_layers: tuple[str, ...]
+    not_counted: Mapping[str, int]
     assumed: tuple[str, ...]
 
     @property
     def speedup(self) -> float | None:
         """End-to-end speedup over the baseline: cycles of the baseline over cycles of the plan."""
         return None if self.baseline is None else self.cost.speedup_over(self.baseline)
+
+    @property
+    def layer_speedups(self) -> tuple[float | None, ...]:
+        """Speedup of every layer over the baseline."""
+        if self.baseline is None:
+            return (None,) * len(self.layers)
+        pairs = zip(self.cost.layers, self.baseline.layers, strict=True)
+        return tuple(now.speedup_over(before) for now, before in pairs)
 
     def check_memory(self) -> None:
         """Refuse a plan that the accelerator's memory does not hold.
@@ -75,15 +88,57 @@ class Cost:
         """
         self.accelerator.check_memory(self.layers, self.plan.layers, where=self.where)
 
+    def summary(self) -> list[str]:
+        """What is to be said of the whole, in a few lines."""
+        total, lines = self.cost, []
+        batches = sorted({layer.batch for layer in self.layers if layer.batch is not None})
+        run = "one run" if len(batches) != 1 else f"one run of batch {batches[0]}"
+        if total.seconds is not None and self.accelerator.frequency_mhz is not None:
+            rates = [
+                f"{units.number(1 / total.seconds)} runs a second",
+                f"{2e-12 * total.macs / total.seconds:.3g} TOPS",
+            ]
+            if total.total_energy_pj:
+                rates.append(f"{2 * total.macs / total.total_energy_pj:.3g} TOPS/W")
+            if total.dram_read_bits is not None and total.dram_write_bits is not None:
+                moved = (total.dram_read_bits + total.dram_write_bits) / 8 / total.seconds
+                rates.append(f"{moved / 1e9:.3g} GB/s of DRAM")
+            clock = f"{self.accelerator.frequency_mhz:g} MHz"
+            lines.append(f"{run}: {units.time(total.seconds)} at {clock}; {', '.join(rates)}")
+        elif self.assumed:
+            lines.append(f"costs are those of one sample: {', '.join(self.assumed)}")
+        if (parts := total.energy_pj) is not None:
+            named = (f"{n.replace('_', ' ')} {units.energy(pj)}" for n, pj in parts.items())
+            lines.append(f"energy {units.energy(total.total_energy_pj)}: {', '.join(named)}")
+        weights = f"weights {units.data(total.memory_bits)}"
+        if total.capacity_bits is not None:
+            share = units.percent(total.memory_bits, total.capacity_bits)
+            weights += f" of {units.data(total.capacity_bits)} memory, {share}"
+        lines.append(weights)
+        if self.baseline is not None:
+            before, after = self.baseline.total_energy_pj, total.total_energy_pj
+            gains = [] if self.speedup is None else [f"{self.speedup:.3g}x as fast end to end"]
+            if before and after is not None:
+                gains.append(f"{after / before:.3g}x the energy")
+            gains.append(f"{total.memory_bits / self.baseline.memory_bits:.3g}x the weights")
+            lines.append(f"against {self.baseline_precision}: {', '.join(gains)}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
+        document = self.cost.to_dict()
+        for layer, entry, speedup in zip(
+            self.layers, document["layers"], self.layer_speedups, strict=True
+        ):
+            entry |= {"kind": layer.kind, "speedup": speedup}
         return {
             "source": self.source,
-            **self.cost.to_dict(),
+            **document,
             "baseline_precision": self.baseline_precision and str(self.baseline_precision),
             "baseline": None if self.baseline is None else self.baseline.to_dict()["total"],
             "end_to_end_speedup": self.speedup,
             "float_layers": list(self.float_layers),
+            "not_counted": dict(self.not_counted),
             "assumed": list(self.assumed),
         }
 
@@ -128,6 +183,8 @@ def cost(
     RunError
         If a cost model that is not bitwright's fails.
     """
+    if plot is not None and Path(plot).suffix != ".html":
+        raise UsageError("the bar charts are a page", where=str(plot), fix="name it .html")
     picture = None if plot is None else check_writable(plot, overwrite=overwrite)
     accelerator = targets.get(target)
     compared = Precision.parse(baseline) if isinstance(baseline, str) else baseline
@@ -142,8 +199,11 @@ def cost(
         accelerator.check(complete.layers, where=loaded.source)
     else:
         complete = plan_for(loaded, accelerator, precision=precision, plan=plan)
-    found, assumed = sized_layers(loaded, input_shapes)
+    found, others, assumed = sized_layers(loaded, input_shapes)
     layers = tuple(layer for layer in found if layer.name in complete.layers)
+    if compared is not None:
+        names = (layer.name for layer in layers)
+        accelerator.check(dict.fromkeys(names, compared), where=f"baseline {compared}")
     if not layers:
         raise ModelError(
             "has no layer that an accelerator could compute",
@@ -169,6 +229,7 @@ def cost(
         baseline_precision=compared,
         baseline=None if compared is None else accelerator.model_cost(layers, compared),
         float_layers=tuple(layer.name for layer in found if layer.name not in complete.layers),
+        not_counted=dict(Counter(node.operator for node in others if node.computes).most_common()),
         assumed=assumed,
     )
     if picture is not None:
@@ -180,38 +241,22 @@ def cost(
 
 def sized_layers(
     model: Model, input_shapes: Mapping[str, Sequence[int | None]] | None = None
-) -> tuple[tuple[Layer, ...], tuple[str, ...]]:
-    """The layers of a model, of one sample where it leaves the batch open, and what was assumed."""
+) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...], tuple[str, ...]]:
+    """Layers and other operators, of one sample where the batch is open, and what was assumed."""
     counted, assumed = one_sample(model.with_input_shapes(input_shapes) if input_shapes else model)
-    return find_layers(counted)[0], assumed
+    return *find_layers(counted), assumed
 
 
 def cost_document(model: Model, accelerator: Accelerator, plan: PrecisionPlan) -> str:
-    """Make ``cost.json`` of an artefact; where there are no costs it says why.
-
-    Raises
-    ------
-    RunError
-        If a cost model that is not bitwright's fails.
-    """
-    found, assumed = sized_layers(model)
+    """Make ``cost.json`` of an artefact; where there are no costs it says why."""
+    found, _, assumed = sized_layers(model)
     layers = tuple(layer for layer in found if layer.name in plan.layers)
-    reason = _no_cost(layers, accelerator)
+    precisions = {layer.name: plan.layers[layer.name] for layer in layers}
+    reason = None
     document: dict[str, Any] = {"target": accelerator.name, "total": None, "layers": []}
-    if reason is None:
-        precisions = {layer.name: plan.layers[layer.name] for layer in layers}
+    try:
         document = accelerator.model_cost(layers, precisions).to_dict()
+    except BitwrightError as error:  # the artefact needs no costs
+        reason = error.what if error.where is None else f"{error.where}: {error.what}"
     complete = {"schema_version": SCHEMA_VERSION, "reason": reason, "assumed": list(assumed)}
     return json.dumps({**complete, **document}, indent=2) + "\n"
-
-
-def _no_cost(layers: Sequence[Layer], accelerator: Accelerator) -> str | None:
-    """Why there are no costs, None if there are."""
-    if accelerator.cost_model is None:
-        return f"{accelerator.name} has no cost model"
-    for layer in layers:
-        if layer.macs is None:
-            return f"the sizes of layer {layer.name!r} are not fixed"
-        if layer.kind not in accelerator.cost_model.kinds:
-            return f"the cost model knows no layers like {layer.name!r}, of kind {layer.kind}"
-    return None

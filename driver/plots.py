@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ def _charts(result: Cost) -> list[_Chart]:
     total = result.cost
     charts = []
     if total.cycles is not None:
-        parts: dict[str, Part] = {
-            "compute": lambda cost: (cost.cycles or 0) - (cost.stall_cycles or 0),
-            "stalls": lambda cost: cost.stall_cycles or 0,
-        }
+        parts: dict[str, Part] = {"cycles": lambda cost: cost.cycles or 0}
+        if total.stall_cycles is not None:
+            parts = {
+                "compute": lambda cost: (cost.cycles or 0) - (cost.stall_cycles or 0),
+                "stalls": lambda cost: cost.stall_cycles or 0,
+            }
         charts.append(_Chart("clock cycles", "cycles", parts))
     elif total.relative_cycles is not None:
         parts = {"multiply-accumulates": lambda cost: cost.relative_cycles or 0}
@@ -73,6 +76,8 @@ def cost_page(result: Cost) -> str:
     names = [layer.layer for layer in layers]
     hover = [f"{layer.layer}, {layer.precision}" for layer in layers]
     title = f"{Path(result.source).name} on {result.cost.target}"
+    said = "<br>".join(map(html.escape, result.summary()))
+    mark = max(4, min(14, 500 // len(names)))  # pixels: no wider than a bar
     figure = make_subplots(
         rows=len(charts),
         cols=1,
@@ -83,7 +88,7 @@ def cost_page(result: Cost) -> str:
     for row, chart in enumerate(charts, start=1):
         number = "" if row == 1 else str(row)
         shared = {"x": names, "legend": f"legend{number}", "hovertext": hover}
-        for (name, part), color in zip(chart.parts.items(), _COLORS, strict=False):
+        for (name, part), color in zip(chart.parts.items(), itertools.cycle(_COLORS), strict=False):
             shown = f"%{{hovertext}}<br>{name}: %{{y:,.4~g}} {chart.unit}<extra></extra>"
             values = [part(layer) for layer in layers]
             bar = Bar(y=values, name=name, marker_color=color, hovertemplate=shown, **shared)
@@ -93,7 +98,7 @@ def cost_page(result: Cost) -> str:
                 y=chart.totals(result.baseline.layers),
                 name=f"all {result.baseline_precision}",
                 mode="markers",
-                marker={"symbol": "line-ew-open", "size": 14, "color": "#000000"},
+                marker={"symbol": "line-ew-open", "size": mark, "color": "#000000"},
                 hovertemplate=f"{result.baseline_precision}: %{{y:,.4~g}} {chart.unit}"
                 "<extra></extra>",
                 **shared,
@@ -104,16 +109,19 @@ def cost_page(result: Cost) -> str:
         figure.update_layout({f"legend{number}": {"y": top, "yanchor": "top", "x": 1.01}})
     figure.update_xaxes(type="category", range=[-0.5, len(names) - 0.5])
     figure.update_layout(
-        title_text=html.escape(title),
+        title_text=f"{html.escape(title)}<br><sup>{said}</sup>",
         barmode="stack",
         template="plotly_white",
-        height=_ROW_HEIGHT * len(charts) + 120,
+        height=_ROW_HEIGHT * len(charts) + 220,
+        margin={"t": 180},
     )
     return _page(title, figure)
 
 
 def _page(title: str, figure: Any) -> str:
-    body = figure.to_html(include_plotlyjs=True, full_html=False, config={"displaylogo": False})
+    # Nothing of what may be confidential leaves the page: no button that sends it anywhere.
+    config = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
+    body = figure.to_html(include_plotlyjs=True, full_html=False, config=config)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{html.escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bitwright import units
 from bitwright.artifact import Artifact, HostOperator, LayerEntry
 from bitwright.compilation import Passes
 from bitwright.costing import Cost
@@ -342,35 +344,46 @@ def print_applied_passes(result: Passes, artifact: Path) -> None:
     _print_host_operators(console, result.host_operators)
 
 
-def _reference(accelerator: Accelerator) -> str:
-    """Reference for what the accelerator can do."""
-    return accelerator.sources[accelerator.precisions.source].text
-
-
 def _memory(accelerator: Accelerator) -> str:
     memory = accelerator.weight_memory_bytes
     return "-" if memory is None else f"{memory.value / 2**20:g} MiB"
 
 
+def _widths(accelerator: Accelerator) -> str:
+    """Precisions of a layer, in short."""
+    precisions = accelerator.precisions
+    if precisions.tied:
+        return str(precisions)
+    weights, activations = (
+        "/".join(map(str, bits)) for bits in (precisions.weight_bits, precisions.activation_bits)
+    )
+    return f"w{weights} a{activations}"
+
+
 def print_targets(found: Installed) -> None:
     """Print the accelerators and what they can do."""
+    console = _console()
     table = _table(
         "targets",
-        ["target", "what it is", "precisions of a layer", "costs", "source"],
-        ["weights", "clock"],
+        ["target", "what it is", "precisions", "cost model"],
+        ["weight memory", "clock", "source"],
     )
+    sources: dict[str, int] = {}  # each reference once, below the table
     for entry in found.accelerators.values():
+        text = entry.sources[entry.precisions.source].text
         clock = entry.frequency_mhz
         table.add_row(
             escape(entry.name),
             escape(entry.summary),
-            escape(str(entry.precisions)),
+            escape(_widths(entry)),
             escape("-" if entry.cost_model is None else entry.cost_model.model),
-            escape(_reference(entry)),
             _memory(entry),
             "-" if clock is None else f"{clock:g} MHz",
+            escape(f"[{sources.setdefault(text, len(sources) + 1)}]"),
         )
-    _console().print(table)
+    console.print(table)
+    for text, number in sources.items():
+        console.print(escape(f"[{number}] {text}"))
 
 
 def print_target(accelerator: Accelerator) -> None:
@@ -386,7 +399,7 @@ def print_target(accelerator: Accelerator) -> None:
     table = _table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis
-        value = f"{int(entry.value):,}" if entry.value == int(entry.value) else str(entry.value)
+        value = escape(units.plain(entry.value))
         table.add_row(escape(entry.field), entry.unit, basis, escape(entry.source), value)
     if table.row_count:
         console.print(table)
@@ -394,112 +407,110 @@ def print_target(accelerator: Accelerator) -> None:
         console.print(escape(f"{key} ({source.basis}): {source.text}"))
 
 
-def _number(value: float | None) -> str:
-    """A count, or a ratio to four digits."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value == int(value) or value >= 1e4 else f"{value:,.4g}"
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of a table whose least important columns give way to a narrow terminal."""
+
+    heading: str
+    cells: list[str]
+    keep: int  # the higher, the longer it stays
+
+    @property
+    def width(self) -> int:
+        return max(map(len, [self.heading, *self.cells]))
 
 
-def _energy(pj: float | None) -> str:
-    if pj is None:
-        return "-"
-    for factor, unit in ((1e12, "J"), (1e9, "mJ"), (1e6, "uJ"), (1e3, "nJ")):
-        if pj >= factor:
-            return f"{pj / factor:.4g} {unit}"
-    return f"{pj:.4g} pJ"
+def _fitting(columns: list[_Column], width: int) -> list[_Column]:
+    """Columns that say something and fit a width side by side, in their order."""
+    shown = [column for column in columns if set(column.cells) - {"-", ""}]
+    while len(shown) > 1 and sum(column.width + 3 for column in shown) + 1 > width:
+        shown.remove(min(shown, key=lambda column: column.keep))
+    return shown
 
 
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= factor:
-            return f"{seconds / factor:.4g} {unit}"
-    return f"{seconds / 1e-6:.4g} us"
+def _shortened(name: str, length: int) -> str:
+    """A name with its middle left out where it is long."""
+    if len(name) <= length:
+        return name
+    return f"{name[: length // 2 - 1]}...{name[len(name) - (length - length // 2 - 2) :]}"
 
 
-def _part(part: float | None, whole: float | None) -> str:
-    return "-" if part is None or not whole else f"{100 * part / whole:.1f} %"
+_LONGEST_NAME: Final = 36  # characters of a layer's name in a table
+
+
+def _cost_columns(result: Cost) -> list[_Column]:
+    """A cell a layer and one for the total."""
+    total = result.cost
+    costs: list[LayerCost | ModelCost] = [*total.layers, total]
+    quantity = "cycles" if total.cycles is not None else "relative_cycles"
+    whole = getattr(total, quantity)
+    speedups = [*result.layer_speedups, result.speedup]
+    share = total.memory_bound_share
+    memory_bound = "-" if share is None else f"{100 * share:.0f} % memory"
+
+    names = [_shortened(cost.layer, _LONGEST_NAME) for cost in total.layers]
+    return [
+        _Column("layer", [*map(escape, names), "total"], 99),
+        _Column("kind", [*map(_kind, result.layers), ""], 20),
+        _Column("precision", [*(str(cost.precision) for cost in total.layers), ""], 90),
+        _Column("MACs", [units.number(cost.macs) for cost in costs], 10),
+        # Ratios stand under a name of their own, so that nobody takes them for cycles.
+        _Column(
+            quantity.replace("_", " "),
+            [units.number(getattr(cost, quantity)) for cost in costs],
+            95,
+        ),
+        _Column("share", [units.percent(getattr(cost, quantity), whole) for cost in costs], 80),
+        _Column("speedup", [units.ratio(speedup) for speedup in speedups], 75),
+        _Column("utilization", [units.percent(cost.utilization) for cost in costs], 50),
+        _Column("stalls", [units.percent(cost.stall_cycles, cost.cycles) for cost in costs], 60),
+        _Column("DRAM read", [units.data(cost.dram_read_bits) for cost in costs], 30),
+        _Column("DRAM write", [units.data(cost.dram_write_bits) for cost in costs], 25),
+        _Column("energy", [units.energy(cost.total_energy_pj) for cost in costs], 70),
+        _Column(
+            "weights",
+            [
+                *(units.data(cost.weight_bits) for cost in total.layers),
+                units.data(total.memory_bits),
+            ],
+            40,
+        ),
+        _Column("bound", [*(cost.bound or "-" for cost in total.layers), memory_bound], 55),
+    ]
 
 
 def print_cost(result: Cost) -> None:
     """Print what every layer of a model costs on an accelerator, and all of them together."""
     console = _console()
     total = result.cost
-    # Ratios stand under a name of their own, so that nobody takes them for cycles.
-    relative = total.cycles is None and total.relative_cycles is not None
-    quantity = "relative_cycles" if relative else "cycles"
-    table = _table(
-        f"{Path(result.source).name} on {total.target}",
-        ["layer", "kind", "precision"],
-        [
-            *("MACs", quantity.replace("_", " "), "share", "utilization", "stalls"),
-            *("DRAM read", "DRAM write", "energy", "weights", "bound"),
-        ],
-    )
-
-    def row(entry: LayerCost | ModelCost, *first: str, bound: str | None) -> None:
-        weights = entry.weight_bits if isinstance(entry, LayerCost) else entry.memory_bits
-        utilization = entry.utilization
-        table.add_row(
-            *first,
-            _number(entry.macs),
-            _number(getattr(entry, quantity)),
-            _part(getattr(entry, quantity), getattr(total, quantity)),
-            "-" if utilization is None else f"{100 * utilization:.1f} %",
-            _part(entry.stall_cycles, entry.cycles),
-            *(_bits(bits) for bits in (entry.dram_read_bits, entry.dram_write_bits)),
-            _energy(entry.total_energy_pj),
-            _bits(weights),
-            bound or "-",
-        )
-
-    for layer, cost in zip(result.layers, total.layers, strict=True):
-        row(cost, escape(cost.layer), _kind(layer), str(cost.precision), bound=cost.bound)
+    columns = _cost_columns(result)
+    if not console.is_terminal:  # nothing is left out in a pipe
+        console = Console(highlight=False, width=sum(c.width + 3 for c in columns) + 200)
+    shown = _fitting(columns, console.width)
+    table = _table(f"{Path(result.source).name} on {total.target}", [], [])
+    for column in shown:
+        left = column.heading in ("layer", "kind", "precision")
+        table.add_column(column.heading, justify="left" if left else "right", no_wrap=True)
+    *rows, last = zip(*(column.cells for column in shown), strict=True)
+    for row in rows:
+        table.add_row(*row)
     table.add_section()
-    row(total, "total", "", "", bound="")
+    table.add_row(*last)
     console.print(table)
-    if total.seconds is not None:
-        console.print(f"time: {_time(total.seconds)} at {result.accelerator.frequency_mhz:g} MHz")
-    if (parts := total.energy_pj) is not None:
-        shown = (f"{name.replace('_', ' ')} {_energy(value)}" for name, value in parts.items())
-        console.print(f"energy: {_energy(total.total_energy_pj)}: {', '.join(shown)}")
-    if total.capacity_bits is not None:
-        console.print(
-            f"weights: {_bits(total.memory_bits)} of {_bits(total.capacity_bits)} memory, "
-            f"{_part(total.memory_bits, total.capacity_bits)}"
-        )
-    if relative:
+    if left_out := [column.heading for column in _fitting(columns, 10**6) if column not in shown]:
+        console.print(f"for a wider terminal or --json: {', '.join(left_out)}")
+    for line in result.summary():
+        console.print(escape(line))
+    if total.cycles is None and total.relative_cycles is not None:
         console.print(
             "relative cycles: multiply-accumulates over the relative speed of a precision"
         )
-    if result.baseline is not None:
-        console.print(_against(result, result.baseline))
-    if result.assumed:
-        console.print(f"costs of one sample: {escape(', '.join(result.assumed))}")
+    if result.not_counted:
+        some = list(result.not_counted.items())[:6]
+        texts = (f"{count} {escape(operator)}" for operator, count in some)
+        more = sum(result.not_counted.values()) - sum(count for _, count in some)
+        rest = f" and {more} more" if more else ""
+        console.print(f"not counted, as they are no layers: {', '.join(texts)}{rest}")
     if result.float_layers:
         names = ", ".join(result.float_layers[:10])
-        console.print(f"without a precision, not counted: {escape(names)}")
-
-
-def _bits(bits: float | None) -> str:
-    """An amount of data, as bytes."""
-    if bits is None:
-        return "-"
-    for factor, unit in ((2**33, "GiB"), (2**23, "MiB"), (2**13, "KiB")):
-        if bits >= factor:
-            return f"{bits / factor:.4g} {unit}"
-    return f"{bits / 8:g} B"
-
-
-def _against(result: Cost, baseline: ModelCost) -> str:
-    now = result.cost
-    ratios = []
-    if (speedup := result.speedup) is not None:
-        ratios.append(f"end-to-end speedup {speedup:.3g}x")
-    before, after = baseline.total_energy_pj, now.total_energy_pj
-    if before is not None and after:
-        ratios.append(f"energy {before / after:.3g}x less")
-    ratios.append(f"weights {baseline.memory_bits / now.memory_bits:.3g}x smaller")
-    return f"against {result.baseline_precision}: {', '.join(ratios)}"
+        console.print(f"not counted, without a precision: {escape(names)}")

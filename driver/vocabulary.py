@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from bitwright.errors import PlanError
 
@@ -92,10 +93,19 @@ class Precision:
         return f"w{self.weight_bits}a{self.activation_bits}"
 
 
-def _numbers(name: str, value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    numbers = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(numbers) != rank or any(number < 1 for number in numbers):
-        raise ValueError(f"{name} must be {rank} positive numbers, not {value!r}")
+Numbers: TypeAlias = "int | Sequence[int]"
+"""One whole number for all axes, or one for each; NumPy's are taken too."""
+
+
+def _numbers(name: str, value: Numbers, rank: int) -> tuple[int, ...]:
+    given = list(value) if isinstance(value, Sequence) else [value] * rank
+    try:
+        numbers = tuple(operator.index(number) for number in given)
+    except TypeError:
+        numbers = ()
+    boolean = any(isinstance(number, bool) for number in given)
+    if len(numbers) != rank or boolean or any(number < 1 for number in numbers):
+        raise ValueError(f"{name} must be {rank} positive whole numbers, not {value!r}")
     return numbers
 
 
@@ -152,10 +162,10 @@ class Layer:
         *,
         in_channels: int,
         out_channels: int,
-        kernel: int | tuple[int, ...],
-        output: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        dilation: int | tuple[int, ...] = 1,
+        kernel: Numbers,
+        output: Numbers,
+        stride: Numbers = 1,
+        dilation: Numbers = 1,
         batch: int = 1,
         groups: int = 1,
         reads_graph_input: bool = False,
@@ -168,8 +178,11 @@ class Layer:
         ValueError
             If a number is not positive or the groups do not divide the channels.
         """
-        rank = next((len(v) for v in (kernel, output, stride, dilation) if isinstance(v, tuple)), 2)
-        _numbers("channels, batch and groups", (in_channels, out_channels, batch, groups), 4)
+        sizes = (kernel, output, stride, dilation)
+        rank = next((len(size) for size in sizes if isinstance(size, Sequence)), 2)
+        in_channels, out_channels, batch, groups = _numbers(
+            "channels, batch and groups", (in_channels, out_channels, batch, groups), 4
+        )
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"{groups} groups do not divide {in_channels} and {out_channels}")
         return cls(
@@ -197,7 +210,9 @@ class Layer:
         ValueError
             If a number is not positive.
         """
-        _numbers("rows and features", (rows, in_features, out_features), 3)
+        rows, in_features, out_features = _numbers(
+            "rows and features", (rows, in_features, out_features), 3
+        )
         return cls(
             name=name,
             kind="matmul",
@@ -223,7 +238,9 @@ class Layer:
         ValueError
             If a number is not positive.
         """
-        _numbers("features, steps and batch", (in_features, out_features, steps, batch), 4)
+        in_features, out_features, steps, batch = _numbers(
+            "features, steps and batch", (in_features, out_features, steps, batch), 4
+        )
         return cls(
             name=name,
             kind="recurrent",
@@ -255,6 +272,14 @@ def _total(values: Iterable[float | None]) -> float | None:
     found = list(values)
     defined = [value for value in found if value is not None]
     return sum(defined) if found and len(defined) == len(found) else None
+
+
+def _speedup(cost: LayerCost | ModelCost, baseline: LayerCost | ModelCost) -> float | None:
+    for name in ("cycles", "relative_cycles"):
+        before, now = getattr(baseline, name), getattr(cost, name)
+        if before is not None and now:
+            return float(before / now)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,12 +331,44 @@ class LayerCost:
     peak_macs_per_cycle: float | None = None
     bound: Literal["compute", "memory"] | None = None
 
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        *("macs", "weight_bits", "cycles", "stall_cycles", "dram_read_bits", "dram_write_bits"),
+        *("relative_cycles", "seconds", "peak_macs_per_cycle"),
+    )
+
     @classmethod
-    def of(cls, layer: Layer, precision: Precision, **values: Any) -> LayerCost:
-        """Make the cost of a layer whose sizes are all known; ``values`` are the other fields."""
+    def of(
+        cls,
+        layer: Layer,
+        precision: Precision,
+        *,
+        cycles: float | None = None,
+        stall_cycles: float | None = None,
+        dram_read_bits: float | None = None,
+        dram_write_bits: float | None = None,
+        relative_cycles: float | None = None,
+        energy_pj: Mapping[str, float] | None = None,
+        seconds: float | None = None,
+        peak_macs_per_cycle: float | None = None,
+        bound: Literal["compute", "memory"] | None = None,
+    ) -> LayerCost:
+        """Make the cost of a layer whose sizes are all known; see the attributes."""
         assert layer.macs is not None
-        weight_bits = layer.weight_count * precision.weight_bits
-        return cls(layer.name, precision, layer.macs, weight_bits, **values)
+        return cls(
+            layer.name,
+            precision,
+            layer.macs,
+            layer.weight_count * precision.weight_bits,
+            cycles,
+            stall_cycles,
+            dram_read_bits,
+            dram_write_bits,
+            relative_cycles,
+            energy_pj,
+            seconds,
+            peak_macs_per_cycle,
+            bound,
+        )
 
     @property
     def total_energy_pj(self) -> float | None:
@@ -324,6 +381,10 @@ class LayerCost:
         if self.cycles is None or self.peak_macs_per_cycle is None:
             return None
         return self.macs / (self.cycles * self.peak_macs_per_cycle)
+
+    def speedup_over(self, baseline: LayerCost) -> float | None:
+        """Cycles of the baseline over cycles; relative ones where the model knows no others."""
+        return _speedup(self, baseline)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` and ``cost.json`` hold."""
@@ -426,6 +487,14 @@ class ModelCost:
         return None if parts is None else sum(parts.values())
 
     @property
+    def memory_bound_share(self) -> float | None:
+        """Share, 0 to 1, of the cycles that are those of layers bound by memory."""
+        if not self.cycles or any(layer.bound is None for layer in self.layers):
+            return None
+        bound = sum(layer.cycles or 0 for layer in self.layers if layer.bound == "memory")
+        return bound / self.cycles
+
+    @property
     def utilization(self) -> float | None:
         """Share, 0 to 1, of the array's multiply-accumulates over all cycles that do work."""
         peaks = [
@@ -442,18 +511,14 @@ class ModelCost:
 
         Not MOHAQ's speedup, which is a mean over layers: :mod:`bitwright.targets.mohaq`.
         """
-        for name in ("cycles", "relative_cycles"):
-            before, now = getattr(baseline, name), getattr(self, name)
-            if before is not None and now:
-                return float(before / now)
-        return None
+        return _speedup(self, baseline)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` and ``cost.json`` hold."""
         names = (
             *("macs", "memory_bits", "cycles", "stall_cycles", "relative_cycles"),
             *("dram_read_bits", "dram_write_bits", "seconds", "energy_pj", "total_energy_pj"),
-            "utilization",
+            *("utilization", "memory_bound_share"),
         )
         return {
             "target": self.target,

@@ -35,6 +35,12 @@ class NotLayer:
     operator: str
     reason: str
 
+    @property
+    def computes(self) -> bool:
+        """Whether it is work: no quantizer or bound, no mover of values, nothing of shapes."""
+        free = ("quantizer", "carries values", "computes no floats", "cuts a range")
+        return not self.reason.startswith(free)
+
 
 def layer_nodes(model: Model) -> dict[str, ir.Node]:
     """Nodes of the main graph that are layers, by name, in order of execution."""

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from bitwright.targets.accelerators import (
     Accelerator,
     Installed,
@@ -14,17 +17,30 @@ from bitwright.targets.accelerators import (
     is_file,
 )
 from bitwright.targets.cost_model import CostModel
-from bitwright.targets.schema import Count, Number, Positive
+from bitwright.targets.schema import Clock, Count, Number, Positive
+
+if TYPE_CHECKING:
+    from bitwright.targets import cost_table, mohaq, testing
 
 __all__ = [
     "Accelerator",
+    "Clock",
     "CostModel",
     "Count",
     "Installed",
     "Number",
     "Positive",
     "available",
+    "cost_table",
     "get",
     "installed",
     "is_file",
+    "mohaq",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("cost_table", "mohaq", "testing"):  # modules, loaded when they are asked for
+        return import_module(f"bitwright.targets.{name}")
+    raise AttributeError(f"module 'bitwright.targets' has no attribute {name!r}")

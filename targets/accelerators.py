@@ -7,16 +7,20 @@ path.
 
 from __future__ import annotations
 
+import difflib
 import math
+import numbers
+import re
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from bitwright.errors import BitwrightError, PlanError, RunError, UsageError, first_line
 from bitwright.targets.cost_model import CostModel, load_model
@@ -65,13 +69,21 @@ class Precisions(Data):
 
     weight_bits: tuple[Bits, ...] = Field(min_length=1)
     activation_bits: tuple[Bits, ...] = Field(min_length=1)
-    tied: bool
+    tied: Annotated[bool, Field(strict=True)]
     source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tied_widths_are_the_same(self) -> Precisions:
+        for widths in (self.weight_bits, self.activation_bits):
+            if len(set(widths)) < len(widths):
+                raise ValueError("a width stands twice")
+        if self.tied and set(self.weight_bits) != set(self.activation_bits):
+            raise ValueError("tied widths must be the same for weights and activations")
+        return self
 
     def __str__(self) -> str:
         if self.tied:
-            both = [bits for bits in self.weight_bits if bits in self.activation_bits]
-            return ", ".join(f"w{bits}a{bits}" for bits in both)
+            return ", ".join(f"w{bits}a{bits}" for bits in self.weight_bits)
         weights, activations = (
             ", ".join(map(str, bits)) for bits in (self.weight_bits, self.activation_bits)
         )
@@ -95,6 +107,13 @@ class TargetTag(Data):
     keys: tuple[str, ...] = Field(min_length=1)
     device: str
     model: str
+
+    @field_validator("keys")
+    @classmethod
+    def _for_a_cpu(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if "cpu" not in keys:
+            raise ValueError("'cpu' must be among the keys: TVM's code for the host depends on it")
+        return keys
 
 
 class Accelerator(Data):
@@ -121,14 +140,24 @@ class Accelerator(Data):
     """
 
     schema_version: Literal[1]
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.+-]*/[a-z0-9][a-z0-9_.+-]*$")
+    name: str
     summary: str = Field(min_length=1)
     sources: dict[str, Source] = Field(min_length=1)
     precisions: Precisions
-    layer_kinds: tuple[LayerKind, ...] = ("conv", "matmul", "recurrent", "scan")
+    layer_kinds: tuple[LayerKind, ...] = Field(
+        default=("conv", "matmul", "recurrent", "scan"), min_length=1
+    )
     weight_memory_bytes: Number[Count] | None = None
     cost_model: SerializeAsAny[CostModel] | None = Field(alias="cost", default=None)
     tag: TargetTag = Field(alias="tvm_target")
+
+    @field_validator("name")
+    @classmethod
+    def _family_and_model(cls, name: str) -> str:
+        part = r"[a-z0-9][a-z0-9_.+-]*"
+        if re.fullmatch(f"{part}/{part}", name) is None:
+            raise ValueError(f"{name!r} is no family/model of lower-case letters, digits and _.+-")
+        return name
 
     def allows(self, precision: Precision) -> bool:
         """Whether a layer can have a precision."""
@@ -175,6 +204,13 @@ class Accelerator(Data):
             for name, precision in layers.items()
             if not self.allows(precision)
         ]
+        if len(refused) == len(layers) and len(set(layers.values())) == 1:
+            (precision,) = set(layers.values())
+            raise PlanError(
+                f"{self.name} cannot do the precision {precision}",
+                where=where,
+                fix=f"it allows {self.precisions}",
+            )
         if refused:
             raise PlanError(
                 f"{self.name} cannot do the precision of {_some(refused)}",
@@ -255,14 +291,47 @@ class Accelerator(Data):
             If a cost model that is not bitwright's fails.
         """
         model = self._model()
-        self.check({layer.name: precision}, where=f"layer {layer.name!r}")
         where = f"layer {layer.name!r}"
-        kinds = [kind for kind in model.kinds if kind in self.layer_kinds]
+        self.check_costed(layer, [precision])
+        known = list(signature(model.layer_cost).parameters)[2:]
+        if unknown := [name for name in options if name not in known]:
+            raise UsageError(
+                f"the cost model of {self.name} has no option {unknown[0]!r}",
+                fix=f"it has {', '.join(known)}" if known else "it has none",
+            )
+        try:
+            cost = checked_cost(model.layer_cost(layer, precision, **options), layer, precision)
+            if cost.seconds is None and cost.cycles is not None and self.frequency_mhz is not None:
+                cost = replace(cost, seconds=cost.cycles / (1e6 * self.frequency_mhz))
+        except BitwrightError as error:
+            raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
+        except (Exception, SystemExit) as error:  # a model of others may raise anything
+            code = traceback.extract_tb(error.__traceback__)[-1]
+            name = f"{type(model).__module__}.{type(model).__qualname__}"
+            raise RunError(
+                f"the cost model of {self.name} fails ({first_line(error)})",
+                where=where,
+                fix=f"it is {name}; see {code.filename}, line {code.lineno}",
+            ) from error
+        return cost
+
+    def check_costed(self, layer: Layer, precisions: Iterable[Precision]) -> None:
+        """Refuse a layer that has no cost at some precision, whatever its sizes would give.
+
+        Raises
+        ------
+        PlanError, UsageError
+            As in :meth:`cost`.
+        """
+        where = f"layer {layer.name!r}"
+        for precision in precisions:
+            self.check({layer.name: precision}, where=where)
+        kinds = [kind for kind in self._model().kinds if kind in self.layer_kinds]
         if layer.kind not in kinds:
             raise UsageError(
                 f"{self.name} has no cost for layers of the kind {layer.kind!r}",
                 where=where,
-                fix=f"it has for {', '.join(kinds)}",
+                fix=f"it has for {', '.join(kinds) or 'none'}",
             )
         if layer.macs is None:
             raise UsageError(
@@ -272,25 +341,6 @@ class Accelerator(Data):
             )
         if layer.macs < 1:
             raise UsageError("computes nothing, so it has no cost", where=where)
-        known = list(signature(model.layer_cost).parameters)[2:]
-        if unknown := [name for name in options if name not in known]:
-            raise UsageError(
-                f"the cost model of {self.name} has no option {unknown[0]!r}",
-                fix=f"it has {', '.join(known)}" if known else "it has none",
-            )
-        try:
-            cost = model.layer_cost(layer, precision, **options)
-            if cost.seconds is None and cost.cycles is not None and self.frequency_mhz is not None:
-                cost = replace(cost, seconds=cost.cycles / (1e6 * self.frequency_mhz))
-        except BitwrightError as error:
-            raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
-        except Exception as error:  # a model of others may raise anything
-            raise RunError(
-                f"the cost model of {self.name} fails ({first_line(error)})",
-                where=where,
-                fix=f"it is {type(model).__module__}.{type(model).__qualname__}",
-            ) from error
-        return cost
 
     def model_cost(
         self,
@@ -377,6 +427,46 @@ class Accelerator(Data):
             )
 
 
+def checked_cost(cost: object, layer: Layer, precision: Precision) -> LayerCost:
+    """What a cost model returned, with Python's own numbers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no cost of this layer at this precision, or has a number that is negative or not
+        finite.
+    """
+    if not isinstance(cost, LayerCost):
+        raise TypeError(f"layer_cost gives {type(cost).__name__}, not a LayerCost")
+    if (cost.layer, cost.precision) != (layer.name, precision):
+        raise ValueError(
+            f"layer_cost gives the cost of {cost.layer!r} at {cost.precision}, not at {precision}"
+        )
+    if cost.bound not in (None, "compute", "memory"):
+        raise ValueError(f"bound is {cost.bound!r}, neither 'compute' nor 'memory'")
+    if not isinstance(cost.energy_pj, Mapping | None):
+        raise TypeError("energy_pj is no mapping of parts to picojoules")
+
+    def own(name: str, value: object) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} is {value!r}, no number")
+        found = int(value) if isinstance(value, numbers.Integral) else float(value)
+        if not (math.isfinite(found) and found >= 0):
+            raise ValueError(f"{name} is {found}")
+        return found
+
+    changed: dict[str, Any] = {name: own(name, getattr(cost, name)) for name in LayerCost.NUMBERS}
+    if cost.energy_pj is not None:
+        changed["energy_pj"] = {
+            str(part): own(f"energy_pj[{part}]", value) for part, value in cost.energy_pj.items()
+        }
+        if None in changed["energy_pj"].values():
+            raise TypeError("a part of energy_pj is None: leave it out")
+    return replace(cost, **changed)
+
+
 def precisions_of(
     layers: Iterable[Layer], plan: PrecisionPlan | Mapping[str, Precision] | Precision
 ) -> Mapping[str, Precision]:
@@ -426,12 +516,17 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
     cost = data.get("cost")
     if cost is not None:
         if not isinstance(cost, dict) or not isinstance(cost.get("model"), str):
-            raise document.error(["cost", "model"], "is missing: the name of a cost model")
+            raise document.error(["cost", "model"], "must be there: the name of a cost model")
         try:
             kind = load_model(cost["model"], folder)
         except UsageError as error:
             raise document.error(["cost", "model"], error.what, error.fix) from error
-        data["cost"] = document.validate(kind, cost, ("cost",))
+        try:
+            data["cost"] = document.validate(kind, cost, ("cost",))
+        except (UsageError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # checks of others may raise anything
+            raise document.error(["cost"], f"the model refuses it ({first_line(error)})") from error
     accelerator = document.validate(Accelerator, data)
     named: list[tuple[tuple[str, ...], str]] = [(("precisions",), accelerator.precisions.source)]
     named += [(tuple(e.field.split("[")[0].split(".")), e.source) for e in entries(accelerator)]
@@ -444,8 +539,25 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
             )
     model = accelerator.cost_model
     if model and (wrong := model.check_precisions(frozenset(accelerator.allowed_precisions))):
-        raise document.error(["cost"], wrong)
+        field, what = wrong
+        raise document.error(["cost", field], what)
     return accelerator
+
+
+def _read_theirs(text: str, where: str) -> Accelerator:
+    """Read the description of a package; whatever its code raises becomes an error of ours.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
+    try:
+        return _read(text, where)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UsageError(f"cannot be read ({first_line(error)})", where=where) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +591,7 @@ def installed() -> Installed:
                 for entry in sorted(files(package).iterdir(), key=lambda entry: entry.name)
                 if entry.name.endswith((".yaml", ".yml"))
             }
-        except Exception as error:  # a package of others may raise anything
+        except (Exception, SystemExit) as error:  # a package of others may raise anything
             problems.append(
                 UsageError(
                     f"the accelerators of {package!r} cannot be loaded ({first_line(error)})",
@@ -487,10 +599,17 @@ def installed() -> Installed:
                 )
             )
             continue
+        if not texts:
+            problems.append(
+                UsageError(
+                    f"the package {package!r} holds no description (.yaml)",
+                    fix="list them as its package data; see docs/write-a-target.md",
+                )
+            )
         for name, text in texts.items():
             owner = f"{package}, {name}"
             try:
-                accelerator = _read(text, owner)
+                accelerator = _read_theirs(text, owner)
             except UsageError as error:
                 problems.append(error)
             else:
@@ -535,6 +654,8 @@ def get(name: str | Path) -> Accelerator:
         path = Path(name)
         try:
             text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UsageError("there is no such file", where=str(name)) from None
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot be read ({first_line(error)})", where=str(name)) from error
         return _read(text, str(name), path.parent)
@@ -543,9 +664,13 @@ def get(name: str | Path) -> Accelerator:
         return found.accelerators[str(name)]
     if str(name) in found.clashes:
         raise found.clashes[str(name)]
-    broken = "".join(f"; {problem.where or ''} {problem.what}" for problem in found.problems)
-    raise UsageError(
-        f"there is no accelerator {str(name)!r}",
-        fix=f"choose one of {', '.join(found.accelerators)}, or give the path of a description "
-        f"(.yaml)" + (f". Not all could be read{broken}" if broken else ""),
+    near = difflib.get_close_matches(str(name), found.accelerators, n=1)
+    fix = (
+        f"choose one of {', '.join(found.accelerators)}, or give the path of a description (.yaml)"
     )
+    if near:
+        fix = f"did you mean {near[0]}? Or {fix}"
+    broken = "; ".join(f"{problem.where or ''} {problem.what}" for problem in found.problems)
+    if broken:
+        fix = f"not all could be read: {broken.strip()}. Or {fix}"
+    raise UsageError(f"there is no accelerator {str(name)!r}", fix=fix)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from bitwright.errors import UsageError
 from bitwright.targets.cost_model import CostModel
-from bitwright.targets.schema import Count, Number, Positive
+from bitwright.targets.schema import Clock, Count, Number, Positive
 from bitwright.vocabulary import Layer, LayerCost, Precision
 
 __all__ = ["BitFusion", "Problem", "problem_of"]
@@ -63,7 +63,7 @@ class BitFusion(CostModel):
     # The tiling with the fewest cycles may move more bits at a narrower precision.
     monotone: ClassVar[tuple[str, ...]] = ("cycles",)
 
-    frequency_mhz: Number[Positive]
+    frequency_mhz: Number[Clock]
     array_rows: Number[Count]
     array_columns: Number[Count]
     dram_bits_per_cycle: Number[Count]
@@ -109,14 +109,8 @@ class BitFusion(CostModel):
             "core": (best.cycles - best.stall_cycles) * self.core_energy_pj_per_cycle.value,
             "dram": moved * self.dram_energy_pj_per_bit.value,
         }
-        for operand, (read, write), read_bits, write_bits in zip(
-            _OPERANDS,
-            self.buffer_energies,
-            best.buffer_read_bits,
-            best.buffer_write_bits,
-            strict=True,
-        ):
-            energy[f"{operand}_buffer"] = read_bits * read + write_bits * write
+        for operand, pj in zip(_OPERANDS, best.buffer_energies_pj, strict=True):
+            energy[f"{operand}_buffer"] = pj
         return LayerCost.of(
             layer,
             precision,
@@ -207,14 +201,13 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """Cost of the chosen tiling and order; buffers of weights, inputs and outputs."""
+    """Cost of the chosen tiling and order; energy of the buffers of weights, inputs, outputs."""
 
     cycles: int
     stall_cycles: int
     dram_read_bits: int
     dram_write_bits: int
-    buffer_read_bits: tuple[int, ...]
-    buffer_write_bits: tuple[int, ...]
+    buffer_energies_pj: tuple[float, ...]
 
 
 def problem_of(layer: Layer, im2col: bool | None) -> tuple[Problem, int]:
@@ -270,25 +263,24 @@ def _cheapest(model: BitFusion, problem: Problem, precision: Precision) -> _Best
     middle = read + written - first - last
     stalls = np.maximum(0, _ceil_div(middle, bandwidth) - compute) + latency
     cycles = compute + stalls
-    # Fewest cycles; among equals fewest bits moved, then fewest bits read.
+    # Fewest cycles; among equals fewest bits moved, fewest bits read, least time at work.
     order, tile = np.nonzero(cycles == cycles.min())
-    for key in (read + written, read):
+    for key in (read + written, read, np.broadcast_to(compute, cycles.shape)):
         values = key[order, tile]
         best = values == values.min()
         order, tile = order[best], tile[best]
-    # Among those that still are equal the buffers decide, and nothing else depends on the choice.
-    reads, writes, energy = _buffers(
+    # Among those that still are equal, the least energy of the buffers; it is all that differs.
+    energies = _buffer_energies(
         model, precision, tiles, tile, trips[tile], [bits[order, tile] for bits, _ in moved]
     )
-    chosen = int(np.argmin(energy))
+    chosen = int(np.argmin(energies.sum(axis=0)))
     at = order[chosen], tile[chosen]
     return _Best(
         cycles=int(cycles[at]),
         stall_cycles=int(stalls[at]),
         dram_read_bits=int(read[at]),
         dram_write_bits=int(written[at]),
-        buffer_read_bits=tuple(int(bits[chosen]) for bits in reads),
-        buffer_write_bits=tuple(int(bits[chosen]) for bits in writes),
+        buffer_energies_pj=tuple(map(float, energies[:, chosen])),
     )
 
 
@@ -456,15 +448,15 @@ def _powers(size: int) -> list[int]:
     return [min(power, size) for power in _powers_over(size)]
 
 
-def _buffers(
+def _buffer_energies(
     model: BitFusion,
     precision: Precision,
     tiles: _Tiles,
     chosen: Array,
     trips: Array,
     moved: Sequence[Array],
-) -> tuple[list[Array], list[Array], npt.NDArray[np.float64]]:
-    """Bits read from and written to the buffers of weights, inputs and outputs, and the energy.
+) -> npt.NDArray[np.float64]:
+    """Energy of the buffers of weights, inputs and outputs, in pJ: ``[3, len(chosen)]``.
 
     Inferred: the authors publish the energy of an access, not how many there are. In a step the
     array takes one word of each operand. One operand stays in registers while the steps that share
@@ -478,30 +470,28 @@ def _buffers(
         rows * lanes * precision.activation_bits,
         columns * model.partial_sum_bits.value,
     )
-    energies = model.buffer_energies
-    steps = (tiles.positions * tiles.columns * tiles.terms)[chosen]
-    shared = (tiles.positions[chosen], tiles.columns[chosen], tiles.terms[chosen])
-    found = []
+    weights, inputs, outputs = (bits.astype(np.float64) for bits in moved)
+    (weight_read, weight_write), (input_read, input_write), output_pj = model.buffer_energies
+    shared = [
+        entry[chosen].astype(np.float64) for entry in (tiles.positions, tiles.columns, tiles.terms)
+    ]
+    steps = trips.astype(np.float64) * shared[0] * shared[1] * shared[2]
+    ways = []
     for stationary in range(len(words)):
         used = [
-            trips * (steps // shared[operand] if operand == stationary else steps) * word
+            (steps / shared[operand] if operand == stationary else steps) * word
             for operand, word in enumerate(words)
         ]
-        reads = [used[0], used[1], used[2] + moved[2]]
-        writes = [moved[0], moved[1], used[2] + moved[2]]
-        energy = sum(
-            np.asarray(bits, dtype=np.float64) * cost
-            for pair, (read, write) in zip(zip(reads, writes, strict=True), energies, strict=True)
-            for bits, cost in zip(pair, (read, write), strict=True)
+        ways.append(
+            np.stack(
+                [
+                    used[0] * weight_read + weights * weight_write,
+                    used[1] * input_read + inputs * input_write,
+                    # Partial sums are read and written in a step, and again as they come and go.
+                    (used[2] + outputs) * sum(output_pj),
+                ]
+            )
         )
-        found.append((reads, writes, np.asarray(energy)))
-    least = np.argmin(np.stack([energy for _, _, energy in found]), axis=0)
-    at = np.arange(len(chosen))
-
-    def pick(side: int) -> list[Array]:
-        return [
-            np.stack([entry[side][operand] for entry in found])[least, at]
-            for operand in range(len(words))
-        ]
-
-    return pick(0), pick(1), np.stack([energy for _, _, energy in found])[least, at]
+    best = np.argmin([way.sum(axis=0) for way in ways], axis=0)
+    found: npt.NDArray[np.float64] = np.stack(ways)[best, :, np.arange(len(chosen))].T
+    return found

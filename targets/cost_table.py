@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import PlanError, UsageError, first_line
-from bitwright.targets.accelerators import Accelerator
+from bitwright.targets.accelerators import Accelerator, checked_cost
 from bitwright.vocabulary import Layer, LayerCost, Precision, PrecisionPlan
 
 __all__ = ["QUANTITIES", "CostTable", "cache_file", "cost_table"]
@@ -40,9 +40,7 @@ QUANTITIES: Final = (
 """Columns of a table: attributes of :class:`bitwright.LayerCost`, each a sum over layers."""
 
 _SCHEMA_VERSION: Final = 1
-_NUMBERS: Final = tuple(
-    name for name in LayerCost.__dataclass_fields__ if name not in ("layer", "precision")
-)
+_STORED: Final = (*LayerCost.NUMBERS, "energy_pj", "bound")
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,7 @@ class CostTable:
         array
             ``[..., quantities]``, in the order of :data:`QUANTITIES`.
         """
-        rows = choice + self._offsets
-        total: npt.NDArray[np.float64] = np.add.reduce(self._flat.take(rows, axis=0), axis=-2)
+        total: npt.NDArray[np.float64] = np.add.reduce(self.values[self._rows, choice], axis=-2)
         return total
 
     @cached_property
@@ -126,12 +123,8 @@ class CostTable:
         return {id(precision): number for number, precision in enumerate(self.precisions)}
 
     @cached_property
-    def _flat(self) -> npt.NDArray[np.float64]:
-        return self.values.reshape(-1, self.values.shape[-1])
-
-    @cached_property
-    def _offsets(self) -> npt.NDArray[np.intp]:
-        return np.arange(len(self.layers)) * len(self.precisions)
+    def _rows(self) -> npt.NDArray[np.intp]:
+        return np.arange(len(self.layers))
 
 
 def cache_file() -> Path:
@@ -145,7 +138,7 @@ def cost_table(
     layers: Sequence[Layer],
     *,
     precisions: Sequence[Precision] | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CostTable:
     """Compute the costs of all layers at all precisions.
@@ -163,9 +156,9 @@ def cost_table(
     cache
         A file of costs to use and add to, for example :func:`cache_file`. Entries are found by
         content: the cost model with its parameters, the layer's sizes, the precision. Each is
-        written when it is known. A file that cannot be used is reported as a warning.
+        written when its layer is done. A file that cannot be used is reported as a warning.
     progress
-        Called with costs done and in total.
+        Called with layers done and in total.
 
     Raises
     ------
@@ -175,15 +168,15 @@ def cost_table(
     if not layers:
         raise UsageError("there are no layers whose cost could be computed")
     chosen = tuple(accelerator.allowed_precisions if precisions is None else precisions)
-    for precision in chosen:
-        accelerator.check(dict.fromkeys((layer.name for layer in layers), precision))
+    for layer in layers:  # what is refused is refused, whether its cost is known or not
+        accelerator.check_costed(layer, chosen)
     known: dict[str, tuple[LayerCost, ...]] = {}
     costs: list[tuple[LayerCost, ...]] = []
-    with _Store(cache) as store:
+    with _Store(None if cache is None else Path(cache)) as store:
         for number, layer in enumerate(layers):
             key = _key(accelerator, layer)
             if key not in known:
-                found = store.load(key)
+                found = store.load(key, layer)
                 known[key] = tuple(
                     found.get(precision) or accelerator.cost(layer, precision)
                     for precision in chosen
@@ -241,13 +234,17 @@ class _Store:
         """Go on without the file, and say so, where it cannot be used."""
         try:
             yield
-        except (OSError, sqlite3.Error, ValueError, TypeError) as error:
-            logger.warning("costs are not kept in %s (%s)", self._path, first_line(error))
+        except Exception as error:  # a damaged file may hold anything
+            logger.warning(
+                "costs are not kept in %s (%s); if it is damaged, delete it",
+                self._path,
+                first_line(error),
+            )
             if self._database is not None:
                 self._database.close()
             self._database = None
 
-    def load(self, key: str) -> dict[Precision, LayerCost]:
+    def load(self, key: str, layer: Layer) -> dict[Precision, LayerCost]:
         found: dict[Precision, LayerCost] = {}
         if self._database is not None:
             with self._told():
@@ -255,14 +252,15 @@ class _Store:
                     "SELECT precision, cost FROM costs WHERE layer = ?", (key,)
                 ):
                     precision = Precision.parse(text)
-                    found[precision] = LayerCost(layer="", precision=precision, **json.loads(cost))
+                    read = LayerCost(layer=layer.name, precision=precision, **json.loads(cost))
+                    found[precision] = checked_cost(read, layer, precision)
         return found
 
     def save(self, key: str, costs: Sequence[LayerCost]) -> None:
         if self._database is None or not costs:
             return
         rows = [
-            (key, str(cost.precision), json.dumps({n: getattr(cost, n) for n in _NUMBERS}))
+            (key, str(cost.precision), json.dumps({n: getattr(cost, n) for n in _STORED}))
             for cost in costs
         ]
         with self._told(), self._database:

@@ -17,7 +17,6 @@ from bitwright.vocabulary import Layer, ModelCost, Precision, PrecisionPlan
 __all__ = ["Objectives", "objectives"]
 
 _FLOAT_BITS: Final = 32
-_VECTOR_BITS: Final = 16
 _OPERATIONS_PER_VECTOR_VALUE: Final = 10  # 88,000 and 8,800 in the paper's model
 
 
@@ -38,7 +37,7 @@ class Objectives:
         ``speedup`` over that of the fastest allowed precision.
     end_to_end_speedup
         Cycles of the baseline over cycles of the plan, layers one after another: what a machine
-        gains. A harmonic mean, never above ``speedup`` for the layers alone.
+        gains.
     energy_uj
         Energy in microjoules, loading the vector values included.
     energy_saving_share
@@ -127,11 +126,8 @@ def _speedup(base: ModelCost, plan: ModelCost, operations: int) -> float | None:
     """Mean over all operations of the speed relative to the baseline."""
     total = 0.0
     for before, now in zip(base.layers, plan.layers, strict=True):
-        if before.relative_cycles is not None and now.relative_cycles:
-            ratio = before.relative_cycles / now.relative_cycles
-        elif before.cycles is not None and now.cycles:
-            ratio = before.cycles / now.cycles
-        else:
+        ratio = now.speedup_over(before)
+        if ratio is None:
             return None
         total += now.macs * ratio
     return total / operations

@@ -7,7 +7,7 @@ Architecture 133, 2022, arXiv 2108.01192, and of what one measures on an acceler
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import BeforeValidator, model_validator
@@ -17,7 +17,7 @@ from bitwright.targets.cost_model import CostModel
 from bitwright.targets.schema import Number, Positive
 from bitwright.vocabulary import Layer, LayerCost, Precision
 
-__all__ = ["ByPrecision", "PrecisionTable"]
+__all__ = ["ByPrecision", "PrecisionTable", "check_tables"]
 
 
 def _known(text: object) -> object:
@@ -31,15 +31,22 @@ ByPrecision = Mapping[Annotated[str, BeforeValidator(_known)], Positive]
 """A positive number for each precision, ``{w8a8: 1, w4a4: 4}``."""
 
 
-def missing_precisions(
-    table: Mapping[str, float], precisions: frozenset[Precision], name: str
-) -> str | None:
-    """Say which of the allowed precisions a table leaves out, or which it has beyond them."""
+def check_tables(
+    model: CostModel, names: Sequence[str], precisions: frozenset[Precision]
+) -> tuple[str, str] | None:
+    """Say which table leaves out an allowed precision or has one beyond them, and which."""
     allowed = {str(precision) for precision in precisions}
-    if lacking := sorted(allowed - set(table)):
-        return f"{name} has no entry for {', '.join(lacking)}, which the accelerator allows"
-    if beyond := sorted(set(table) - allowed):
-        return f"{name} has an entry for {', '.join(beyond)}, which the accelerator does not allow"
+    for name in names:
+        table = getattr(model, name)
+        if table is None:
+            continue
+        if lacking := sorted(allowed - set(table.value)):
+            return name, f"has no entry for {', '.join(lacking)}, which the accelerator allows"
+        if beyond := sorted(set(table.value) - allowed):
+            return (
+                name,
+                f"has an entry for {', '.join(beyond)}, which the accelerator does not allow",
+            )
     return None
 
 
@@ -71,14 +78,9 @@ class PrecisionTable(CostModel):
             raise ValueError("mac_energy_pj and memory_energy_pj_per_bit go together")
         return self
 
-    def check_precisions(self, precisions: frozenset[Precision]) -> str | None:
-        """Say which of the allowed precisions a table leaves out."""
-        for name in ("relative_speed", "macs_per_cycle", "mac_energy_pj"):
-            table = getattr(self, name)
-            wrong = table and missing_precisions(table.value, precisions, name)
-            if wrong:
-                return str(wrong)
-        return None
+    def check_precisions(self, precisions: frozenset[Precision]) -> tuple[str, str] | None:
+        """Say which table leaves out which of the allowed precisions."""
+        return check_tables(self, ("relative_speed", "macs_per_cycle", "mac_energy_pj"), precisions)
 
     def layer_cost(self, layer: Layer, precision: Precision) -> LayerCost:
         """Cost of the layer's multiply-accumulates, and of loading its weights once."""

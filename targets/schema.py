@@ -7,17 +7,19 @@ its name is a count or a ratio.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Generic, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from bitwright.errors import UsageError, first_line
 
 __all__ = [
     "UNITS",
+    "Clock",
     "Count",
     "Data",
     "Document",
@@ -26,6 +28,7 @@ __all__ = [
     "Positive",
     "Source",
     "entries",
+    "parts_of",
     "unit_of",
 ]
 
@@ -36,6 +39,9 @@ Count = Annotated[int, Field(gt=0, strict=True)]
 
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 """A positive number."""
+
+Clock = Annotated[float, Field(gt=0, le=100_000, strict=True, allow_inf_nan=False)]
+"""A clock, in MHz; whoever writes Hz is told."""
 
 # What a field's name ends with, the longest first, and how that is written.
 UNITS: Final[Mapping[str, str]] = {
@@ -71,12 +77,13 @@ class Source(Data):
     text
         A reference, or how the numbers were found.
     basis
-        ``published`` by the makers of the accelerator, in a paper or in their code; ``inferred``
-        by those who wrote the description; or an ``example``, made up to show the way.
+        ``published`` by the makers of the accelerator, in a paper or in their code; ``measured``
+        or ``inferred`` by those who wrote the description; or an ``example``, made up to show the
+        way.
     """
 
-    text: str = Field(min_length=1)
-    basis: Literal["published", "inferred", "example"]
+    text: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    basis: Literal["published", "measured", "inferred", "example"]
 
 
 class Number(Data, Generic[T]):
@@ -110,10 +117,12 @@ def entries(data: BaseModel, prefix: str = "") -> Iterator[Entry]:
         value = getattr(data, attribute)
         name = declared.alias or attribute
         if isinstance(value, Number):
-            table = value.value if isinstance(value.value, Mapping) else {"": value.value}
-            for key, number in table.items():
-                field = f"{prefix}{name}" + (f"[{key}]" if key else "")
-                yield Entry(field, number, unit_of(name), value.source)
+            field, unit = f"{prefix}{name}", unit_of(name)
+            if not isinstance(value.value, Mapping):
+                yield Entry(field, value.value, unit, value.source)
+                continue
+            for key, number in value.value.items():
+                yield Entry(f"{field}[{key}]", number, unit, value.source)
         elif isinstance(value, BaseModel):
             yield from entries(value, f"{prefix}{name}.")
 
@@ -122,11 +131,16 @@ class _Loader(yaml.SafeLoader):
     """Reads YAML, and refuses a field that stands twice, of which PyYAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(
-                problem=f"{twice[0]!r} stands twice", problem_mark=node.start_mark
-            )
+        keys: list[Any] = []
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            found = self.construct_object(key, deep=True)
+            if found in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{found!r} stands twice", problem_mark=key.start_mark
+                )
+            keys.append(found)
         return super().construct_mapping(node, deep)
 
 
@@ -148,12 +162,11 @@ class Document:
 
     def __init__(self, text: str, where: str) -> None:
         self.where = where
-        self.data: dict[str, Any] = {}
         try:
             loader = _Loader(text)
             self._node = loader.get_single_node()
             data = None if self._node is None else loader.construct_document(self._node)
-        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        except Exception as error:  # PyYAML raises many kinds
             mark = getattr(error, "problem_mark", None)
             problem = getattr(error, "problem", None)
             raise UsageError(
@@ -161,17 +174,23 @@ class Document:
                 where=where if mark is None else f"{where}:{mark.line + 1}",
             ) from error
         if not isinstance(data, dict):
-            raise UsageError("not a description of an accelerator", where=where)
-        self.data = data
+            raise UsageError(
+                "not a description of an accelerator: it has no fields",
+                where=where,
+                fix="see docs/write-a-target.md",
+            )
+        self.data: dict[str, Any] = data
 
     def error(self, path: Iterable[str | int], what: str, fix: str | None = None) -> UsageError:
         """Make an error about a field, with its line."""
-        path = tuple(path)
+        path = tuple(part for part in path if part != "[key]")  # pydantic's word for a key
         field = ".".join(map(str, path))
         return UsageError(
             f"field {field!r}: {what}" if path else what,
             where=f"{self.where}:{self._line(path)}",
-            fix=fix or "see docs/write-a-target.md, and the descriptions that come with bitwright",
+            fix=fix
+            or "see docs/write-a-target.md; bitwright targets show TAG --json prints one that "
+            "works",
         )
 
     def _line(self, path: tuple[str | int, ...]) -> int:
@@ -229,22 +248,34 @@ def _explain(
     quantity = [str(part) for part in path if unit_of(str(part))]
     unit = f": its unit is {unit_of(quantity[-1])}" if quantity else ""
     if isinstance(given, str) and problem in ("int_type", "float_type"):
-        return f"{given!r} is no number", f"write the number alone{unit}"
+        # YAML 1.1 takes 1e3 for a text.
+        number = _number(given)
+        return f"{given!r} is no number", f"write {number or 'the number alone'}{unit}"
     if problem in ("model_type", "model_attributes_type") and _takes_number(kind, path):
         return "has no source", f"write {{value: {given!r}, source: KEY}}, KEY one of 'sources'"
     shown = f", not {given!r}" if isinstance(given, int | float | str) and given != "" else ""
-    return message.removeprefix("Value error, ") + shown, None
+    if message.startswith("Value error, "):
+        return message.removeprefix("Value error, "), None
+    return message + shown, None
+
+
+def _number(text: str) -> str | None:
+    """A number as YAML reads it, where a text is one."""
+    try:
+        return f"{float(text):g}".replace("e+", ".0e+") if math.isfinite(float(text)) else None
+    except ValueError:
+        return None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
+def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models in an annotation: those of ``A | None`` and the like."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _parts(part)
+        yield from parts_of(part)
 
 
 def _names(kind: type[BaseModel]) -> set[str]:
@@ -252,7 +283,7 @@ def _names(kind: type[BaseModel]) -> set[str]:
     found: set[str] = set()
     for name, field in kind.model_fields.items():
         found.add(field.alias or name)
-        for part in _parts(field.annotation):
+        for part in parts_of(field.annotation):
             found |= _names(part)
     return found
 
@@ -262,5 +293,5 @@ def _takes_number(kind: type[BaseModel], path: tuple[str | int, ...]) -> bool:
     kinds = [kind]
     for part in path:
         fields = [found.model_fields.get(str(part)) for found in kinds]
-        kinds = [p for field in fields if field is not None for p in _parts(field.annotation)]
+        kinds = [p for field in fields if field is not None for p in parts_of(field.annotation)]
     return any(issubclass(found, Number) for found in kinds)

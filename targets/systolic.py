@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from bitwright.targets.cost_model import CostModel
-from bitwright.targets.precision_table import ByPrecision, missing_precisions
-from bitwright.targets.schema import Count, Number, Positive
+from bitwright.targets.precision_table import ByPrecision, check_tables
+from bitwright.targets.schema import Clock, Count, Number, Positive
 from bitwright.vocabulary import Layer, LayerCost, Precision
 
 __all__ = ["SystolicArray"]
@@ -39,7 +39,7 @@ class SystolicArray(CostModel):
         Energy of an access to a buffer and to external memory.
     """
 
-    frequency_mhz: Number[Positive]
+    frequency_mhz: Number[Clock]
     array_rows: Number[Count]
     array_columns: Number[Count]
     macs_per_cell: Number[ByPrecision]
@@ -51,12 +51,9 @@ class SystolicArray(CostModel):
     sram_energy_pj_per_bit: Number[Positive]
     dram_energy_pj_per_bit: Number[Positive]
 
-    def check_precisions(self, precisions: frozenset[Precision]) -> str | None:
-        """Say which of the allowed precisions a table leaves out."""
-        for name in ("macs_per_cell", "mac_energy_pj"):
-            if wrong := missing_precisions(getattr(self, name).value, precisions, name):
-                return wrong
-        return None
+    def check_precisions(self, precisions: frozenset[Precision]) -> tuple[str, str] | None:
+        """Say which table leaves out which of the allowed precisions."""
+        return check_tables(self, ("macs_per_cell", "mac_energy_pj"), precisions)
 
     def layer_cost(self, layer: Layer, precision: Precision) -> LayerCost:
         """Cost of the layer, with the better of two orders of blocks."""

@@ -15,11 +15,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from bitwright.errors import PlanError, UsageError
+from bitwright.errors import PlanError, RunError, UsageError
 from bitwright.targets.accelerators import Accelerator, get
 from bitwright.targets.schema import entries
 from bitwright.vocabulary import BIT_WIDTHS, Layer, LayerCost, Precision
@@ -40,11 +40,6 @@ LAYERS: Final[tuple[Layer, ...]] = (
 _ROUNDING: Final = 1e-9
 # Filling a buffer or the array's pipeline may cost a little more with narrower operands.
 _TOLERANCE: Final = 0.01
-_QUANTITIES: Final = tuple(
-    entry.name
-    for entry in fields(LayerCost)
-    if entry.name not in ("layer", "precision", "energy_pj", "bound")
-)
 
 
 def check_accelerator(
@@ -95,7 +90,9 @@ def check_accelerator(
             _check_units(found, layer, cost)
         _check_same_quantities(costs[layer.name].values())
         _check_monotone(costs[layer.name], found.cost_model.monotone)
-    again = type(found).model_validate(found.model_dump(by_alias=True) | {"cost": found.cost_model})
+    document = found.model_dump(by_alias=True)
+    document["cost"] = type(found.cost_model).model_validate(document["cost"])
+    again = type(found).model_validate(document)
     for layer in reversed(known):
         renamed = {
             precision: replace(cost, layer="other") for precision, cost in costs[layer.name].items()
@@ -107,7 +104,10 @@ def check_accelerator(
 
 
 def _costs(accelerator: Accelerator, layer: Layer) -> dict[Precision, LayerCost]:
-    return {p: accelerator.cost(layer, p) for p in accelerator.allowed_precisions}
+    try:
+        return {p: accelerator.cost(layer, p) for p in accelerator.allowed_precisions}
+    except RunError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _check_names(accelerator: Accelerator) -> None:
@@ -135,21 +135,10 @@ def _check_precisions(accelerator: Accelerator, layer: Layer) -> None:
         except PlanError:
             continue
         raise AssertionError(f"{layer.name}: has a cost at {precision}, which is not allowed")
-    for precision in accelerator.allowed_precisions:
-        cost = accelerator.cost(layer, precision)
-        assert cost.precision == precision, f"{layer.name}: {precision} has the cost of another"
-        assert cost.layer == layer.name, f"{layer.name}: has the cost of {cost.layer!r}"
 
 
 def _check_units(accelerator: Accelerator, layer: Layer, cost: LayerCost) -> None:
     where = f"{layer.name} at {cost.precision}"
-    parts = cost.energy_pj or {}
-    numbers: Mapping[str, float | None] = {
-        **{name: getattr(cost, name) for name in _QUANTITIES},
-        **{f"energy_pj[{part}]": value for part, value in parts.items()},
-    }
-    for name, value in numbers.items():
-        assert value is None or (math.isfinite(value) and value >= 0), f"{where}: {name} is {value}"
     assert cost.macs == layer.macs, f"{where}: {cost.macs} multiply-accumulates, not {layer.macs}"
     bits = layer.weight_count * cost.precision.weight_bits
     assert cost.weight_bits == bits, f"{where}: {cost.weight_bits} bits of weights, not {bits}"
@@ -172,7 +161,7 @@ def _check_units(accelerator: Accelerator, layer: Layer, cost: LayerCost) -> Non
 
 
 def _check_same_quantities(costs: Iterable[LayerCost]) -> None:
-    for name in (*_QUANTITIES, "energy_pj"):
+    for name in (*LayerCost.NUMBERS, "energy_pj"):
         defined = {getattr(cost, name) is not None for cost in costs}
         assert len(defined) < 2, f"{name} is defined at some precisions only"
 

@@ -7,7 +7,7 @@ Accelerators", IEEE Transactions on Computers 70(8), 2021. The package ``zigzag-
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from importlib.metadata import version
 
 from bitwright.errors import UsageError
 from bitwright.targets.bitfusion import BitFusion, problem_of
@@ -23,8 +23,10 @@ class ZigZag(BitFusion):
     are ZigZag's, and so is the traffic between them. ``docs/targets.md`` names the differences.
     """
 
-    monotone: ClassVar[tuple[str, ...]] = ("cycles",)
-    version: ClassVar[int] = 1
+    @property
+    def digest(self) -> str:
+        """Hash of code, parameters and the version of ZigZag."""
+        return f"{super().digest}-{version('zigzag-dse')}"
 
     def layer_cost(
         self, layer: Layer, precision: Precision, *, im2col: bool | None = None

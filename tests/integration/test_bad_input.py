@@ -33,7 +33,7 @@ from bitwright.quant.load import load
 Array = npt.NDArray[Any]
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
-COMMANDS = ["inspect", "plan", "quantize", "evaluate", "compare", "compile"]
+COMMANDS = ["inspect", "plan", "cost", "quantize", "evaluate", "compare", "compile"]
 
 
 @dataclass
@@ -60,6 +60,8 @@ class Bench:
         given: dict[str, Any] = {}
         if command == "plan":
             given = {"output": self.folder / "plan.json"}
+        if command == "cost":
+            given = {"target": "bitfusion/eyeriss", "precision": "w8a8"}
         if command == "quantize":
             given = {"precision": "w8a8", "calibration": self.data, "output": self.output}
         if command in ("evaluate", "compare"):
@@ -166,7 +168,7 @@ def set_weight(model: onnx.ModelProto, name: str, array: Array) -> None:
 
 
 def test_the_bench_itself_works(bench: Bench) -> None:
-    for command in ("inspect", "plan", "quantize", "evaluate", "compile"):
+    for command in ("inspect", "plan", "cost", "quantize", "evaluate", "compile"):
         code, _, err = bench.run(*bench.words(command))
         assert (code, err) == (0, "")
     code, _, err = bench.run(*bench.words("compare", bench.output))
