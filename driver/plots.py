@@ -120,7 +120,7 @@ def cost_page(result: Cost) -> str:
 
 def _page(title: str, figure: Any) -> str:
     # Nothing of what may be confidential leaves the page: no button that sends it anywhere.
-    config = {"displaylogo": False, "showSendToCloud": False, "plotlyServerURL": ""}
+    config = {"displaylogo": False, "showSendToCloud": False}
     body = figure.to_html(include_plotlyjs=True, full_html=False, config=config)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -306,12 +306,15 @@ class Accelerator(Data):
         except BitwrightError as error:
             raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
         except (Exception, SystemExit) as error:  # a model of others may raise anything
-            code = traceback.extract_tb(error.__traceback__)[-1]
-            name = f"{type(model).__module__}.{type(model).__qualname__}"
+            frames = traceback.extract_tb(error.__traceback__)
+            theirs = [frame for frame in frames if frame.filename != __file__]
+            place = (
+                f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else "what it gives"
+            )
             raise RunError(
                 f"the cost model of {self.name} fails ({first_line(error)})",
                 where=where,
-                fix=f"it is {name}; see {code.filename}, line {code.lineno}",
+                fix=f"it is the class {type(model).__qualname__}; see {place}",
             ) from error
         return cost
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
 import bitwright
-from bitwright import Layer, Precision, PrecisionPlan, targets
+from bitwright import Layer, Precision, PrecisionPlan, tables, targets
 from bitwright.cli import main
-from bitwright.errors import ModelError, OutputError, PlanError, UsageError
+from bitwright.errors import ModelError, OutputError, PlanError, RunError, UsageError
 from tests.targets.descriptions import DROPPED, changed
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
@@ -93,7 +95,7 @@ def test_a_quantized_model_has_its_own_precisions(quantized: Path) -> None:
     assert found.cost == same.cost
     with pytest.raises(UsageError, match="quantized already: its precisions are its own"):
         bitwright.cost(quantized, "bitfusion/eyeriss", precision="w4a8")
-    with pytest.raises(PlanError, match="silago/drra cannot do the precision of 5 layers"):
+    with pytest.raises(PlanError, match="silago/drra cannot do the precision w4a8"):
         bitwright.cost(quantized, "silago/drra")
 
 
@@ -120,12 +122,60 @@ def test_text_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert cost.bound is not None
         assert cost.bound in line
     assert f"{found.cost.cycles:,.0f}" in out
-    assert "against w16a16: end-to-end speedup" in out
+    assert "against w16a16: " in out
+    assert "x as fast end to end" in out
+    assert f"{1e6 * (found.cost.seconds or 0):.2f} us at 500 MHz" in out
     assert main([*words[:3], "silago/drra", *words[4:]]) == 0
     out = capsys.readouterr().out
     assert "relative cycles" in out  # and nothing that could be taken for cycles
-    (line,) = (line for line in out.splitlines() if "│ conv1 " in line)
-    assert line.count(" - ") >= 5
+    assert " at " not in out
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100, 120, 160, 200])
+def test_no_number_is_cut_where_the_terminal_is_narrow(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(
+        tables,
+        "_console",
+        lambda: Console(
+            file=output, width=columns, force_terminal=True, color_system=None, highlight=False
+        ),
+    )
+    found = bitwright.cost(MODEL, "bitfusion/eyeriss", precision="w8a8", baseline="w16a16")
+    tables.print_cost(found)
+    lines = output.getvalue().splitlines()
+    (line,) = [line for line in lines if "│" in line and "conv1" in line]
+    assert f"{found.cost.layers[0].cycles:,}" in line
+    assert "…" not in output.getvalue()
+    assert all(len(line) <= columns for line in lines)
+
+
+def test_columns_that_say_nothing_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.print_cost(bitwright.cost(MODEL, "silago/drra", precision="w8a8"))
+    out = capsys.readouterr().out
+    assert "DRAM" not in out
+    assert "utilization" not in out
+
+
+def test_work_that_is_not_counted_is_said(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["m"], name="m"),
+            helper.make_node("Relu", ["m"], ["r"]),  # a bound of the codes: no work
+            helper.make_node("Add", ["r", "x"], ["a"]),
+            helper.make_node("Sigmoid", ["a"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(np.ones((4, 4), np.float32), "w")],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), path)
+    found = bitwright.cost(path, "silago/drra", precision="w8a8")
+    assert found.not_counted == {"Add": 1, "Sigmoid": 1}
 
 
 # -- the plot ------------------------------------------------------------------------------------
@@ -158,10 +208,12 @@ def test_bars_are_the_costs(tmp_path: Path) -> None:
     assert numbers(drawn["read"]["y"]) == [(c.dram_read_bits or 0) / 2**13 for c in found.layers]
 
 
-def test_the_page_needs_no_network(tmp_path: Path) -> None:
+def test_the_page_needs_no_network_and_sends_nothing(tmp_path: Path) -> None:
     path = tmp_path / "cost.html"
     bitwright.cost(MODEL, "silago/drra", precision="w4a4", plot=path)
     page = path.read_text()
+    call = page[page.rindex("Plotly.newPlot(") :]
+    assert '"showSendToCloud": false' in call
     assert not re.search(r"<(script|link|img)[^>]*\s(src|href)=", page)
     assert {trace["name"] for trace in traces(page)} == {
         *("multiply-accumulates", "memory", "mac", "weights"),
@@ -206,7 +258,7 @@ def test_a_plan_beyond_the_memory_is_shown_and_refused(
     words = ["cost", str(MODEL), "--precision", "w8a8", "--target", small]
     assert main(words) == 2
     captured = capsys.readouterr()
-    assert "weights: 60.03 KiB of 19.53 KiB memory, 307.4 %" in captured.out
+    assert "weights 60.03 KiB of 19.53 KiB memory, 307.4 %" in captured.out
     assert "the weights take 61,470 bytes, and the memory of silago/drra holds 20,000 bytes" in (
         captured.err
     )
@@ -261,16 +313,67 @@ def test_a_cost_model_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(words) == 1
     assert capsys.readouterr().err == (
         "error: layer 'conv1': the cost model of silago/drra fails (ZeroDivisionError: division "
-        "by zero)\n  it is failing_costs.Failing\n"
+        f"by zero)\n  it is the class Failing; see {tmp_path / 'failing_costs.py'}, line 4\n"
     )
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ("None", "TypeError: layer_cost gives NoneType, not a LayerCost"),
+        ("LayerCost", "TypeError: layer_cost gives type, not a LayerCost"),
+        ("LayerCost.of(layer, precision, cycles=-1)", "ValueError: cycles is -1"),
+        ("LayerCost.of(layer, precision, cycles=float('nan'))", "ValueError: cycles is nan"),
+        ("LayerCost.of(layer, precision, cycles='7')", "TypeError: cycles is '7', no number"),
+        ("LayerCost.of(layer, precision, energy_pj=5.0)", "TypeError: energy_pj is no mapping"),
+        (
+            "LayerCost.of(layer, precision, energy_pj={'a': float('inf')})",
+            "ValueError: energy_pj[a] is inf",
+        ),
+        ("LayerCost.of(layer, precision, bound='both')", "ValueError: bound is 'both'"),
+    ],
+)
+def test_what_a_cost_model_must_not_return(tmp_path: Path, returned: str, message: str) -> None:
+    (tmp_path / "wrong_costs.py").write_text(
+        "from bitwright.targets import CostModel\n"
+        "from bitwright.vocabulary import LayerCost\n"
+        "class Wrong(CostModel):\n"
+        "    def layer_cost(self, layer, precision):\n"
+        f"        return {returned}\n"
+    )
+    path = changed(tmp_path, "silago/drra", {"cost": {"model": "wrong_costs:Wrong"}})
+    with pytest.raises(RunError) as raised:
+        bitwright.cost(MODEL, path, precision="w8a8")
+    assert message in str(raised.value)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "array_costs.py").write_text(
+        "import numpy as np\n"
+        "from bitwright.targets import CostModel\n"
+        "from bitwright.vocabulary import LayerCost\n"
+        "class Arrays(CostModel):\n"
+        "    def layer_cost(self, layer, precision):\n"
+        "        return LayerCost.of(layer, precision, cycles=np.int64(7),\n"
+        "                            energy_pj={'a': np.float32(0.5)})\n"
+    )
+    path = changed(tmp_path, "silago/drra", {"cost": {"model": "array_costs:Arrays"}})
+    found = bitwright.cost(MODEL, path, precision="w8a8")
+    assert json.loads(json.dumps(found.to_dict()))["total"]["cycles"] == 35
+    assert found.cost.total_energy_pj == 2.5
 
 
 @pytest.mark.parametrize(
     "options, error, message",
     [
         ({}, UsageError, "neither a precision for all layers nor a plan"),
-        ({"precision": "w4a8"}, PlanError, "cannot do the precision of 5 layers"),
-        ({"precision": "w8a8", "baseline": "w2a2"}, PlanError, "cannot do the precision"),
+        ({"precision": "w4a8"}, PlanError, "cannot do the precision w4a8"),
+        (
+            {"precision": "w8a8", "baseline": "w2a2"},
+            PlanError,
+            "baseline w2a2: silago/drra cannot do the precision w2a2",
+        ),
+        ({"precision": "w8a8", "plot": "chart.png"}, UsageError, "the bar charts are a page"),
         ({"precision": "w8a8", "baseline": "fp32"}, PlanError, "'fp32' is not a precision"),
         ({"precision": "w8a8", "plot": "no/such/folder.html"}, OutputError, "does not exist"),
         ({"precision": "w8a8", "input_shapes": {"x": [1]}}, ModelError, "'x'"),
@@ -311,6 +414,18 @@ def test_nothing_to_compute(tmp_path: Path) -> None:
 
 
 # -- artefacts -----------------------------------------------------------------------------------
+
+
+def test_an_artefact_needs_no_costs(tmp_path: Path, few: Path) -> None:
+    changes = {"cost.weight_buffer_kib.value": 1}
+    small = changed(tmp_path, "bitfusion/eyeriss", changes)
+    with pytest.raises(UsageError, match="no tile fits"):
+        bitwright.cost(MODEL, small, precision="w16a16")
+    got = bitwright.compile(
+        MODEL, small, precision="w16a16", calibration=few, output=tmp_path / "lenet"
+    )
+    assert got.cost is not None
+    assert "no tile fits" in got.cost["reason"]
 
 
 def test_an_artefact_carries_its_cost(tmp_path: Path, few: Path) -> None:

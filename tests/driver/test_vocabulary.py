@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,3 +240,31 @@ def test_message_has_two_lines_and_no_control_characters(what: str, where: str, 
 
 def test_long_names_do_not_flood_the_message() -> None:
     assert len(str(BitwrightError("x" * 10_000, where="y" * 10_000, fix="z" * 10_000))) < 2000
+
+
+# -- layers without a model ------------------------------------------------------------------------
+
+
+def test_layers_take_numbers_of_numpy_and_sequences() -> None:
+    three: Any = np.int64(3)
+    plain = Layer.conv(in_channels=3, out_channels=4, kernel=(3,), output=(8,))
+    found = Layer.conv(in_channels=three, out_channels=4, kernel=[three], output=[8])
+    assert plain == found
+    assert all(type(size) is int for size in (*found.kernel, *found.output, found.in_channels))
+    assert Layer.conv(in_channels=3, out_channels=4, kernel=three, output=8).kernel == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"kernel": 3.0}, {"kernel": "3"}, {"batch": 2.5}, {"in_channels": True}, {"batch": 0}]
+)
+def test_sizes_that_are_none(sizes: dict[str, Any]) -> None:
+    given = {"in_channels": 3, "out_channels": 4, "kernel": 3, "output": 8, **sizes}
+    with pytest.raises(ValueError, match="positive whole numbers"):
+        Layer.conv(**given)
+
+
+def test_a_recurrence_counts_every_step() -> None:
+    layer = Layer.recurrent(in_features=4, out_features=6, steps=10, batch=3)
+    assert layer.macs == 10 * 3 * 4 * 6
+    assert layer.weight_count == 24
+    assert layer.kind == "recurrent"

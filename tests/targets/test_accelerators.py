@@ -20,6 +20,21 @@ from bitwright.targets import accelerators
 
 WIDTHS = (2, 4, 8, 16)
 
+# A description with a cost model, and the begin of one.
+MODELLED = """schema_version: 1
+name: mine/one
+summary: An accelerator of a test
+sources: {test: {text: made up, basis: example}}
+precisions: {weight_bits: [8], activation_bits: [8], tied: false, source: test}
+cost: {model: "their_targets.costs:Costs"}
+tvm_target: {kind: llvm, keys: [cpu], device: mine, model: one}
+"""
+BASE = """from bitwright.targets import CostModel
+class Costs(CostModel):
+    def layer_cost(self, layer, precision):
+        return None
+"""
+
 DESCRIPTION: dict[str, Any] = {
     "schema_version": 1,
     "name": "mine/one",
@@ -103,9 +118,17 @@ def test_check_names_the_refused_layers_and_what_is_allowed() -> None:
 
 def test_check_names_at_most_20_layers() -> None:
     layers = {f"layer{number}": Precision(2, 8) for number in range(25)}
+    layers["other"] = Precision(8, 8)
     with pytest.raises(PlanError, match=r"of 25 layers: layer0 .*layer19 \(w2a8\) and 5 more") as e:
         targets.get("silago/drra").check(layers)
     assert "layer20" not in str(e.value)
+
+
+def test_one_precision_for_all_layers_is_refused_in_a_word() -> None:
+    layers = {f"layer{number}": Precision(2, 8) for number in range(25)}
+    with pytest.raises(PlanError) as raised:
+        targets.get("silago/drra").check(layers)
+    assert raised.value.what == "silago/drra cannot do the precision w2a8"
 
 
 def test_a_file_of_the_user(tmp_path: Path) -> None:
@@ -125,16 +148,24 @@ def test_a_file_of_the_user(tmp_path: Path) -> None:
         ({"schema_version": None}, "schema_version': is None"),
         ({"name": "no slash"}, "field 'name'"),
         ({"summary": ""}, "field 'summary'"),
-        ({"cost": 1}, "field 'cost.model': is missing"),
+        ({"cost": 1}, "field 'cost.model': must be there"),
+        ({"cost": {}}, "field 'cost.model': must be there"),
+        ({"cost": {"model": 3}}, "field 'cost.model': must be there"),
         ({"sources": {}}, "field 'sources'"),
         ({"precisions.weight_bits": [3]}, "precisions.weight"),
         ({"precisions.weight_bits": []}, "precisions.weight"),
         ({"precisions.source": ""}, "precisions.source"),
         ({"precisions.source": "another"}, "precisions.source': there is no source 'another'"),
         ({"precisions": None}, "field 'precisions'"),
+        ({"precisions.weight_bits": [4, 4]}, "precisions': a width stands twice"),
+        ({"precisions.tied": True}, "tied widths must be the same"),
+        ({"precisions.tied": "no"}, "precisions.tied"),
+        ({"sources.test.text": "  "}, "sources.test.text"),
         ({"layer_kinds": ["pool"]}, "layer_kinds.0"),
+        ({"layer_kinds": []}, "layer_kinds"),
         ({"weight_memory_bytes": {"value": -1, "source": "test"}}, "weight_memory_bytes.value"),
         ({"tvm_target.kind": "cuda"}, "tvm_target.kind"),
+        ({"tvm_target.keys": ["mine"]}, "'cpu' must be among the keys"),
         ({"tvm_target.x": 1}, "tvm_target.x"),
     ],
 )
@@ -154,6 +185,9 @@ def test_bad_descriptions(tmp_path: Path, changes: dict[str, Any], message: str)
         ("a: 1\na: 2", "'a' stands twice"),
         ("a: !!python/object/apply:os.getcwd []", "not a YAML document"),
         ("? [1, 2]\n: 3", "not a YAML document"),
+        ('a: !!int ""', "not a YAML document"),
+        ("a: !!timestamp foo", "not a YAML document"),
+        ("a: !!bool foo", "not a YAML document"),
         ("[" * 5000, "not a YAML document"),
     ],
 )
@@ -164,13 +198,28 @@ def test_bad_yaml(tmp_path: Path, text: str, message: str) -> None:
         targets.get(path)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "no text"])
-def test_unreadable_files(tmp_path: Path, content: bytes | None) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yml"
-    if content is not None:
-        path.write_bytes(content)
+    with pytest.raises(UsageError, match="there is no such file"):
+        targets.get(path)
+    path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read"):
         targets.get(path)
+
+
+def test_merge_keys_are_yaml_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml")
+    text = path.read_text().replace("tvm_target:", "tvm_target: &tag", 1)
+    assert "&tag" in text
+    # The keys of the mapping come from the mapping itself: a merge changes nothing.
+    path.write_text(text.replace("  model: one", "  <<: {model: other}\n  model: one"))
+    assert targets.get(path).tag.model == "one"
+
+
+def test_a_near_miss_is_guessed() -> None:
+    with pytest.raises(UsageError) as raised:
+        targets.get("bitfusion/eyeris")
+    assert str(raised.value.fix).startswith("did you mean bitfusion/eyeriss?")
 
 
 def entry_points_giving(*values: str) -> Callable[..., Any]:
@@ -192,7 +241,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "their_targets", raising=False)  # of the test before
+    for name in [name for name in sys.modules if name.startswith("their_targets")]:
+        monkeypatch.delitem(sys.modules, name)  # of the test before
     monkeypatch.setattr(accelerators, "entry_points", entry_points_giving("their_targets"))
     return folder
 
@@ -215,6 +265,12 @@ def test_a_clash_names_both_owners_and_leaves_the_others_alone(package: Path) ->
     assert list(targets.installed().clashes) == ["silago/drra"]
 
 
+def test_a_package_without_descriptions(package: Path) -> None:
+    (package / "README.md").write_text("forgotten: package data")
+    (problem,) = targets.installed().problems
+    assert "'their_targets' holds no description" in problem.what
+
+
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerators, "entry_points", entry_points_giving("no_such_package"))
     (problem,) = targets.installed().problems
@@ -228,15 +284,49 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         {"their_targets/bad.yaml": "a: ["},
         {"their_targets/__init__.py": "raise RuntimeError('no licence found')"},
         {"their_targets/__init__.py": "import no_such_library"},
+        {"their_targets/__init__.py": "import sys; sys.exit(7)"},
+        {"their_targets/x.yaml": 'a: !!int ""'},
+        {"their_targets/costs.py": "x = 1", "their_targets/x.yaml": MODELLED},
+        {"their_targets/costs.py": "import sys; sys.exit(7)", "their_targets/x.yaml": MODELLED},
+        {
+            "their_targets/costs.py": "from bitwright.targets import CostModel\n"
+            "class Costs(CostModel):\n    pass\n",
+            "their_targets/x.yaml": MODELLED,
+        },
+        {
+            "their_targets/costs.py": BASE + "    cells: int = 3\n",
+            "their_targets/x.yaml": MODELLED,
+        },
+        {
+            "their_targets/costs.py": BASE + "    frequency_mhz: float = 3.0\n",
+            "their_targets/x.yaml": MODELLED,
+        },
+        {
+            "their_targets/costs.py": BASE
+            + "    def check_precisions(self, precisions):\n        raise RuntimeError('no')\n",
+            "their_targets/x.yaml": MODELLED,
+        },
+        {
+            "their_targets/costs.py": BASE
+            + "    def model_post_init(self, context):\n        raise RuntimeError('no')\n",
+            "their_targets/x.yaml": MODELLED,
+        },
     ],
-    ids=["description", "raises", "imports"],
+    ids=[
+        *("description", "raises", "imports", "exits", "YAML", "no class", "exits in the model"),
+        *("abstract", "no source", "no clock", "raises in a check", "raises when it is made"),
+    ],
 )
 def test_a_broken_plug_in_never_breaks_the_others(package: Path, broken: dict[str, str]) -> None:
+    write(package / "good.yaml", name="mine/good")
     working = set(targets.available())
     for name, text in broken.items():
         (package.parent / name).write_text(text)
-    sys.modules.pop("their_targets", None)  # imported a moment ago, when it still worked
+    for name in [name for name in sys.modules if name.startswith("their_targets")]:
+        del sys.modules[name]  # imported a moment ago, when it still worked
     found = targets.installed()
+    if "their_targets/__init__.py" in broken:  # then nothing of the package can be had
+        working.remove("mine/good")
     assert set(found.accelerators) == working
     assert len(found.problems) == 1
     with pytest.raises(UsageError) as raised:  # whoever looks for it is told

@@ -216,6 +216,14 @@ def test_fewer_bits_may_take_more_energy() -> None:
     assert (narrow.total_energy_pj or 0) > 3 * (wide.total_energy_pj or 0)
 
 
+def test_of_equal_costs_the_least_time_at_work() -> None:
+    # Tilings with equal cycles and traffic may stall for more or fewer of these cycles.
+    layer = Layer.conv(in_channels=96, out_channels=32, kernel=2, output=7, stride=3, batch=2)
+    cost = EYERISS.cost(layer, Precision(4, 4))
+    assert numbers(cost) == cheapest(EYERISS, layer, Precision(4, 4), False)
+    assert cost.stall_cycles == 1302
+
+
 def test_few_input_channels_may_take_more_cycles_at_fewer_bits() -> None:
     layer = Layer.matmul(rows=1, in_features=23, out_features=3300)  # MOHAQ's first layer
     narrow, wide = (EYERISS.cost(layer, Precision(4, bits)).cycles or 0 for bits in (2, 8))

@@ -121,6 +121,20 @@ def test_costs_are_kept_by_content(tmp_path: Path, counted: list[Any]) -> None:
     assert few.costs[0][0] == again.costs[0][-6]  # w8a8
 
 
+def test_what_is_refused_is_refused_from_the_file_too(tmp_path: Path) -> None:
+    cache = tmp_path / "costs.sqlite"
+    cost_table(SILAGO, LAYERS, cache=cache)
+    no_conv = targets.get(changed(tmp_path, "silago/drra", {"layer_kinds": ["matmul"]}))
+    with pytest.raises(UsageError, match="no cost for layers of the kind 'conv'"):
+        cost_table(no_conv, LAYERS, cache=cache)
+
+
+def test_an_index_that_is_not_there_is_an_error() -> None:
+    table = cost_table(SILAGO, LAYERS)
+    with pytest.raises(IndexError):
+        table.totals(np.array([3, 0, 0, 0]))
+
+
 def test_another_accelerator_has_costs_of_its_own(tmp_path: Path, counted: list[Any]) -> None:
     cache = tmp_path / "costs.sqlite"
     slow = targets.get(
@@ -136,18 +150,22 @@ def test_another_accelerator_has_costs_of_its_own(tmp_path: Path, counted: list[
     assert len(counted) == 2 * before
 
 
-def test_a_new_version_of_a_model_is_computed_again(
-    tmp_path: Path, counted: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "costs.sqlite"
-    cost_table(EYERISS, LAYERS, cache=cache)
-    monkeypatch.setattr(bitfusion.BitFusion, "version", 2)
-    before = len(counted)
-    cost_table(EYERISS, LAYERS, cache=cache)
-    assert len(counted) == 2 * before
+DAMAGED = {
+    "no JSON": "damaged",
+    "no mapping": "[1]",
+    "deep": "[" * 100_000,
+    "a text": '{"macs": 1, "weight_bits": 1, "cycles": "x"}',
+    "negative": '{"macs": 1, "weight_bits": 1, "cycles": -5}',
+    "no number": '{"macs": 1, "weight_bits": 1, "cycles": NaN}',
+    "energy": '{"macs": 1, "weight_bits": 1, "energy_pj": {"a": "b"}}',
+    "bound": '{"macs": 1, "weight_bits": 1, "bound": "zzz"}',
+    "missing": "{}",
+}
 
 
-@pytest.mark.parametrize("damage", ["no database", "another table", "no JSON", "folder"])
+@pytest.mark.parametrize(
+    "damage", ["no database", "another table", "precision", "folder", *DAMAGED]
+)
 def test_a_file_that_cannot_be_used_is_reported(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,10 +176,15 @@ def test_a_file_that_cannot_be_used_is_reported(
         with sqlite3.connect(cache) as database:
             database.execute("CREATE TABLE costs (other TEXT)")
         database.close()
-    elif damage == "no JSON":
+    elif damage == "precision":
         cost_table(EYERISS, LAYERS, cache=cache)
         with sqlite3.connect(cache) as database:
-            database.execute("UPDATE costs SET cost = 'damaged'")
+            database.execute("UPDATE costs SET precision = 'w3a3' WHERE precision = 'w8a8'")
+        database.close()
+    elif damage in DAMAGED:
+        cost_table(EYERISS, LAYERS, cache=cache)
+        with sqlite3.connect(cache) as database:
+            database.execute("UPDATE costs SET cost = ?", (DAMAGED[damage],))
         database.close()
     else:
         cache.mkdir()

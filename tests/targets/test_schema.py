@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from bitwright import targets
+from bitwright import Layer, Precision, targets
 from bitwright.errors import UsageError
+from bitwright.targets.cost_table import cost_table
 from bitwright.targets.schema import Document, entries, unit_of
 from tests.targets.descriptions import DROPPED, changed
 
@@ -125,6 +126,19 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
             "value: 500 MHz",
         ),
         (
+            {"cost.frequency_mhz.value": "5e2"},  # a text in YAML 1.1
+            "field 'cost.frequency_mhz.value': '5e2' is no number",
+            "write 500: its unit is MHz",
+            "value: 5e2",
+        ),
+        (
+            {"cost.frequency_mhz.value": 500_000_000},
+            "field 'cost.frequency_mhz.value': Input should be less than or equal to 100000, not "
+            "500000000",
+            None,
+            "value: 500000000",
+        ),
+        (
             {"cost.frequency_mhz": 500},
             "field 'cost.frequency_mhz': has no source",
             "write {value: 500, source: KEY}, KEY one of 'sources'",
@@ -162,8 +176,8 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
         ),
         (
             {"sources.paper.basis": "rumour"},
-            "field 'sources.paper.basis': Input should be 'published', 'inferred' or 'example', "
-            "not 'rumour'",
+            "field 'sources.paper.basis': Input should be 'published', 'measured', "
+            "'inferred' or 'example', not 'rumour'",
             None,
             "basis: rumour",
         ),
@@ -216,8 +230,9 @@ def test_yaml_errors_name_their_line() -> None:
     with pytest.raises(UsageError) as raised:
         Document("a: 1\nb: [\n", "chip.yaml")
     assert raised.value.where == "chip.yaml:3"
-    with pytest.raises(UsageError, match="'a' stands twice"):
+    with pytest.raises(UsageError, match="'a' stands twice") as raised:
         Document("a: 1\nb: 2\na: 3\n", "chip.yaml")
+    assert raised.value.where == "chip.yaml:3"
 
 
 def test_the_code_of_a_users_model_lies_beside_the_description(tmp_path: Path) -> None:
@@ -230,7 +245,26 @@ def test_the_code_of_a_users_model_lies_beside_the_description(tmp_path: Path) -
     )
     path = changed(tmp_path, "silago/drra", {"cost": {"model": "own_costs:Own"}})
     accelerator = targets.get(path)
-    from bitwright import Layer, Precision
-
     layer = Layer.matmul(rows=2, in_features=3, out_features=4)
     assert accelerator.cost(layer, Precision(8, 8)).cycles == 24
+
+
+def test_two_folders_may_have_modules_of_one_name(tmp_path: Path) -> None:
+    layer = Layer.matmul(rows=2, in_features=3, out_features=4)
+    cache = tmp_path / "costs.sqlite"
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "own_costs.py").write_text(
+            "from bitwright.targets import CostModel\n"
+            "from bitwright.vocabulary import LayerCost\n"
+            "class Own(CostModel):\n"
+            "    def layer_cost(self, layer, precision):\n"
+            f"        return LayerCost.of(layer, precision, cycles={number})\n"
+        )
+        accelerator = targets.get(
+            changed(folder, "silago/drra", {"cost": {"model": "own_costs:Own"}})
+        )
+        assert accelerator.cost(layer, Precision(8, 8)).cycles == number
+        table = cost_table(accelerator, [layer], cache=cache)  # the code is part of the key
+        assert table.costs[0][0].cycles == number

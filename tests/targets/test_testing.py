@@ -58,9 +58,9 @@ WRONG: dict[str, tuple[Cost, str]] = {
     ),
     "another precision": (
         lambda cost, _, __: replace(cost, precision=Precision(16, 16)),
-        "w4a4 has the cost of another",
+        "gives the cost of 'conv' at w16a16, not at w4a4",
     ),
-    "another layer": (lambda cost, _, __: replace(cost, layer="x"), "has the cost of 'x'"),
+    "another layer": (lambda cost, _, __: replace(cost, layer="x"), "gives the cost of 'x'"),
     "by name": (
         lambda cost, layer, _: replace(cost, relative_cycles=float(len(layer.name))),
         "two equal calls, two costs",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from bitwright.targets import CostModel, Count, Number, Positive
-from bitwright.vocabulary import Layer, LayerCost, Precision
+from bitwright import Layer, LayerCost, Precision
+from bitwright.targets import Clock, CostModel, Count, Number, Positive
 
 
 class BitSerial(CostModel):
@@ -13,7 +13,7 @@ class BitSerial(CostModel):
 
     kinds = ("conv", "matmul")
 
-    frequency_mhz: Number[Positive]
+    frequency_mhz: Number[Clock]
     cells: Number[Count]
     cell_energy_pj: Number[Positive]
 
