@@ -168,7 +168,13 @@ def _input_shapes(entries: Sequence[str]) -> dict[str, list[int | None]]:
     return shapes
 
 
-# Options of quantization, which `quantize` and `compile` share.
+# Options that several commands share.
+PrecisionOfAll = Annotated[
+    str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
+]
+PlanFile = Annotated[
+    Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
+]
 Clip = Annotated[Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")]
 Percentile = Annotated[
     float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
@@ -264,12 +270,8 @@ def quantize(
         Path, _file_option(help="Samples (.npz): one array a model input, a few hundred entries.")
     ],
     output: Annotated[Path, _file_option("--output", "-o", help="The QDQ model to write.")],
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of all layers, e.g. w8a8 or w4a16.")
-    ] = None,
-    plan: Annotated[
-        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
-    ] = None,
+    precision: PrecisionOfAll = None,
+    plan: PlanFile = None,
     overwrite: Overwrite = False,
     clip: Clip = "mmse",
     percentile: Percentile = 99.99,
@@ -388,12 +390,8 @@ def compile_(
     model: Model,
     target: Target,
     output: Annotated[Path, _file_option("--output", "-o", help="The folder to write.")],
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
-    ] = None,
-    plan: Annotated[
-        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
-    ] = None,
+    precision: PrecisionOfAll = None,
+    plan: PlanFile = None,
     calibration: Annotated[
         Path | None, _file_option(help="Samples (.npz) to quantize a float model with.")
     ] = None,
@@ -521,12 +519,8 @@ def passes(
 def cost(
     model: Model,
     target: Target,
-    precision: Annotated[
-        str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
-    ] = None,
-    plan: Annotated[
-        Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
-    ] = None,
+    precision: PrecisionOfAll = None,
+    plan: PlanFile = None,
     baseline: Annotated[
         str | None, typer.Option(help="A precision of all layers to compare with, e.g. w16a16.")
     ] = None,

@@ -137,6 +137,8 @@ def plan_for(
     """
     complete = resolve_plan(model, precision, plan, elementwise_bits)
     where = str(plan) if isinstance(plan, str | Path) else "plan"
+    if precision is not None:
+        where = f"precision {precision}"
     if complete.target not in (None, accelerator.name):
         raise PlanError(
             f"was made for {complete.target}, not for {accelerator.name}",

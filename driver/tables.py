@@ -47,8 +47,8 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for number, heading in enumerate(left):
         table.add_column(heading, overflow="fold", no_wrap=number == 0)
-    for heading in right:
-        table.add_column(heading, justify="right")
+    for heading in right:  # a number that does not fit goes on in the next line: never cut
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

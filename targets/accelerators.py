@@ -668,11 +668,12 @@ def get(name: str | Path) -> Accelerator:
     if str(name) in found.clashes:
         raise found.clashes[str(name)]
     near = difflib.get_close_matches(str(name), found.accelerators, n=1)
+    near += [f"{name}{ending}" for ending in (".yaml", ".yml") if Path(f"{name}{ending}").is_file()]
     fix = (
         f"choose one of {', '.join(found.accelerators)}, or give the path of a description (.yaml)"
     )
     if near:
-        fix = f"did you mean {near[0]}? Or {fix}"
+        fix = f"did you mean {' or '.join(near)}? Or {fix}"
     broken = "; ".join(f"{problem.where or ''} {problem.what}" for problem in found.problems)
     if broken:
         fix = f"not all could be read: {broken.strip()}. Or {fix}"

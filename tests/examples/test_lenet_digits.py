@@ -97,17 +97,21 @@ def test_demo_prints_one_table(tmp_path: Path) -> None:
     rows = {}
     for line in done.stdout.splitlines():
         cells = [cell.strip(" %") for cell in line.split("│")[1:-1]]
-        if len(cells) == 11 and cells[0] in TARGETS:
+        if len(cells) == 13 and cells[0] in TARGETS:
             rows[cells[0], cells[1]] = [float(cell.replace(",", "")) for cell in cells[2:]]
     assert list(rows) == [(target, plan) for target in TARGETS for plan in PLANS]
     for (target, plan), row in rows.items():
-        float_error, qdq, artifact, equal, weight_bytes, *seconds = row
+        float_error, qdq, artifact, equal, weight_bytes, faster, energy, *seconds = row
         assert float_error <= 2.5
         assert abs(qdq - artifact) <= 0.1 + 1e-9
         assert equal == 100
         folder = tmp_path / "out" / f"{target.partition('/')[0]}-{plan}"
         assert weight_bytes == bitwright.load_artifact(folder).manifest.weight_bytes
         assert all(value > 0 for value in seconds)
+        assert energy > 0
+        # SiLago: 4 bits are four times as fast as 16, 8 bits twice (arXiv 2108.01192).
+        if target == "silago/drra":
+            assert {"w8a8": faster == 2, "w4a4": faster == 4, "mixed": 2 < faster < 4}[plan]
     # 61,470 weights (150 + 2,400 + 48,000 + 10,080 + 840), no bias.
     for target in TARGETS:
         assert rows[target, "w8a8"][4] == 61_470
