@@ -8,14 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bitwright.targets.accelerators import (
-    Accelerator,
-    Installed,
-    available,
-    get,
-    installed,
-    is_file,
-)
+from bitwright.targets.accelerators import Accelerator
+from bitwright.targets.catalogue import Installed, available, get, installed, is_file
 from bitwright.targets.cost_model import CostModel
 from bitwright.targets.schema import Clock, Count, Number, Positive
 

@@ -21,7 +21,7 @@ from tvm import relax
 from tvm.ir import GenericConst, Op
 
 from bitwright.errors import UsageError
-from bitwright.targets.accelerators import available
+from bitwright.targets.catalogue import available
 from bitwright.targets.kernels import activation_matmul, convolution, matmul
 from bitwright.targets.kernels.host import AVX2, GENERIC, Isa, target
 from bitwright.targets.kernels.spec import (

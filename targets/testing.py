@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from bitwright.errors import PlanError, RunError, UsageError
-from bitwright.targets.accelerators import Accelerator, get
+from bitwright.targets.accelerators import Accelerator
+from bitwright.targets.catalogue import get
 from bitwright.targets.schema import entries
 from bitwright.vocabulary import BIT_WIDTHS, Layer, LayerCost, Precision
 
