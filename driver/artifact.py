@@ -724,7 +724,7 @@ class Artifact:
 
     @property
     def cost(self) -> dict[str, Any] | None:
-        """What ``cost.json`` says the model costs; None where the file was removed."""
+        """What ``cost.json`` says the model costs; None where there is no such file."""
         try:
             text = (self.folder / COST).read_text(encoding="utf-8")
         except FileNotFoundError:

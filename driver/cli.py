@@ -563,6 +563,8 @@ _targets = typer.Typer()
 def targets(context: typer.Context, as_json: Json = False) -> None:
     """List the accelerators: what they can do, and where their numbers come from."""
     if context.invoked_subcommand is not None:
+        if as_json:
+            raise UsageError("--json stands in front of a subcommand", fix="write it behind")
         return
     from bitwright.compilation import describe_targets
 

@@ -47,7 +47,7 @@ class Cost:
     float_layers
         Layers of a quantized model that have no precision: they stay on the host.
     not_counted
-        Operators that compute and are no layers (sums, tables, pooling, ...), and how many: cost
+        Operators that compute and are no layers (sums, averages, tables, ...), and how many: cost
         models know layers only.
     assumed
         Symbolic leading dimensions that were taken as 1, by input.
@@ -91,8 +91,7 @@ class Cost:
     def summary(self) -> list[str]:
         """What is to be said of the whole, in a few lines."""
         total, lines = self.cost, []
-        batches = sorted({layer.batch for layer in self.layers if layer.batch is not None})
-        run = "one run" if len(batches) != 1 else f"one run of batch {batches[0]}"
+        run = "one run" + (f" with {', '.join(self.assumed)}" if self.assumed else "")
         if total.seconds is not None and self.accelerator.frequency_mhz is not None:
             rates = [
                 f"{units.number(1 / total.seconds)} runs a second",
@@ -106,7 +105,7 @@ class Cost:
             clock = f"{self.accelerator.frequency_mhz:g} MHz"
             lines.append(f"{run}: {units.time(total.seconds)} at {clock}; {', '.join(rates)}")
         elif self.assumed:
-            lines.append(f"costs are those of one sample: {', '.join(self.assumed)}")
+            lines.append(f"costs are those of {run}")
         if (parts := total.energy_pj) is not None:
             named = (f"{n.replace('_', ' ')} {units.energy(pj)}" for n, pj in parts.items())
             lines.append(f"energy {units.energy(total.total_energy_pj)}: {', '.join(named)}")

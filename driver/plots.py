@@ -73,10 +73,10 @@ def cost_page(result: Cost) -> str:
     from plotly.subplots import make_subplots
 
     charts, layers = _charts(result), result.cost.layers
-    names = [layer.layer for layer in layers]
-    hover = [f"{layer.layer}, {layer.precision}" for layer in layers]
+    names = [_text(layer.layer) for layer in layers]
+    hover = [f"{_text(layer.layer)}, {layer.precision}" for layer in layers]
     title = f"{Path(result.source).name} on {result.cost.target}"
-    said = "<br>".join(map(html.escape, result.summary()))
+    said = "<br>".join(map(_text, result.summary()))
     mark = max(4, min(14, 500 // len(names)))  # pixels: no wider than a bar
     figure = make_subplots(
         rows=len(charts),
@@ -88,7 +88,8 @@ def cost_page(result: Cost) -> str:
     for row, chart in enumerate(charts, start=1):
         number = "" if row == 1 else str(row)
         shared = {"x": names, "legend": f"legend{number}", "hovertext": hover}
-        for (name, part), color in zip(chart.parts.items(), itertools.cycle(_COLORS), strict=False):
+        for (key, part), color in zip(chart.parts.items(), itertools.cycle(_COLORS), strict=False):
+            name = _text(key)
             shown = f"%{{hovertext}}<br>{name}: %{{y:,.4~g}} {chart.unit}<extra></extra>"
             values = [part(layer) for layer in layers]
             bar = Bar(y=values, name=name, marker_color=color, hovertemplate=shown, **shared)
@@ -109,13 +110,18 @@ def cost_page(result: Cost) -> str:
         figure.update_layout({f"legend{number}": {"y": top, "yanchor": "top", "x": 1.01}})
     figure.update_xaxes(type="category", range=[-0.5, len(names) - 0.5])
     figure.update_layout(
-        title_text=f"{html.escape(title)}<br><sup>{said}</sup>",
+        title_text=f"{_text(title)}<br><sup>{said}</sup>",
         barmode="stack",
         template="plotly_white",
         height=_ROW_HEIGHT * len(charts) + 220,
         margin={"t": 180},
     )
     return _page(title, figure)
+
+
+def _text(text: str) -> str:
+    """A text that plotly shows as it is: no markup, no field of a template."""
+    return html.escape(text, quote=False).replace("%{", "%\u200b{")
 
 
 def _page(title: str, figure: Any) -> str:

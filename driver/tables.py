@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,10 +37,11 @@ __all__ = [
 ]
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)  # a pipe has no width to fit
+def _console(width: int | None = None) -> Console:
+    # Names of layers may hold what looks like an emoji's name.
+    console = Console(highlight=False, emoji=False, width=width)
+    if width is None and not console.is_terminal:
+        return _console(width=200)  # a pipe has no width to fit
     return console
 
 
@@ -391,6 +393,7 @@ def print_target(accelerator: Accelerator) -> None:
     console = _console()
     console.print(f"[bold]{escape(accelerator.name)}[/bold]  {escape(accelerator.summary)}")
     console.print(f"precisions of a layer: {escape(str(accelerator.precisions))}")
+    console.print(escape(f"  as in: {accelerator.precisions.source}"))
     console.print(f"kinds of layers: {', '.join(accelerator.layer_kinds)}")
     tag = accelerator.tag
     console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
@@ -417,7 +420,10 @@ class _Column:
 
     @property
     def width(self) -> int:
-        return max(map(len, [self.heading, *self.cells]))
+        return max(map(cell_len, [self.heading, *self.cells]))
+
+
+_UNLIMITED: Final = 10**6  # characters
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:
@@ -428,17 +434,20 @@ def _fitting(columns: list[_Column], width: int) -> list[_Column]:
     return shown
 
 
-def _shortened(name: str, length: int) -> str:
-    """A name with its middle left out where it is long."""
-    if len(name) <= length:
+def _shortened(name: str, width: int) -> str:
+    """A name with its middle left out where it is wider than that."""
+    if cell_len(name) <= width:
         return name
-    return f"{name[: length // 2 - 1]}...{name[len(name) - (length - length // 2 - 2) :]}"
+    ends = len(name) // 2
+    while cell_len(name[:ends] + name[-ends:]) > width - 3 and ends > 1:
+        ends -= 1
+    return f"{name[:ends]}...{name[-ends:]}"
 
 
-_LONGEST_NAME: Final = 36  # characters of a layer's name in a table
+_NAME_WIDTHS: Final = (36, 24, 16)  # of a layer's name in a table, the narrower the less room
 
 
-def _cost_columns(result: Cost) -> list[_Column]:
+def _cost_columns(result: Cost, name_width: int) -> list[_Column]:
     """A cell a layer and one for the total."""
     total = result.cost
     costs: list[LayerCost | ModelCost] = [*total.layers, total]
@@ -448,9 +457,9 @@ def _cost_columns(result: Cost) -> list[_Column]:
     share = total.memory_bound_share
     memory_bound = "-" if share is None else f"{100 * share:.0f} % memory"
 
-    names = [_shortened(cost.layer, _LONGEST_NAME) for cost in total.layers]
+    names = [_shortened(cost.layer, name_width) for cost in total.layers]
     return [
-        _Column("layer", [*map(escape, names), "total"], 99),
+        _Column("layer", [*names, "total"], 99),
         _Column("kind", [*map(_kind, result.layers), ""], 20),
         _Column("precision", [*(str(cost.precision) for cost in total.layers), ""], 90),
         _Column("MACs", [units.number(cost.macs) for cost in costs], 10),
@@ -483,21 +492,26 @@ def print_cost(result: Cost) -> None:
     """Print what every layer of a model costs on an accelerator, and all of them together."""
     console = _console()
     total = result.cost
-    columns = _cost_columns(result)
+    columns = _fitting(_cost_columns(result, _NAME_WIDTHS[0]), _UNLIMITED)
     if not console.is_terminal:  # nothing is left out in a pipe
-        console = Console(highlight=False, width=sum(c.width + 3 for c in columns) + 200)
-    shown = _fitting(columns, console.width)
+        console = _console(width=max(200, sum(column.width + 3 for column in columns) + 1))
+    shown = columns
+    for name_width in _NAME_WIDTHS:  # a shorter name rather than a column less
+        shown = _fitting(_cost_columns(result, name_width), console.width)
+        if len(shown) == len(columns):
+            break
     table = _table(f"{Path(result.source).name} on {total.target}", [], [])
     for column in shown:
         left = column.heading in ("layer", "kind", "precision")
         table.add_column(column.heading, justify="left" if left else "right", no_wrap=True)
     *rows, last = zip(*(column.cells for column in shown), strict=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     table.add_section()
-    table.add_row(*last)
+    table.add_row(*map(escape, last))
     console.print(table)
-    if left_out := [column.heading for column in _fitting(columns, 10**6) if column not in shown]:
+    headings = [column.heading for column in shown]
+    if left_out := [column.heading for column in columns if column.heading not in headings]:
         console.print(f"for a wider terminal or --json: {', '.join(left_out)}")
     for line in result.summary():
         console.print(escape(line))

@@ -377,7 +377,7 @@ class LayerCost:
 
     @property
     def utilization(self) -> float | None:
-        """Share, 0 to 1, of the array's multiply-accumulates over all cycles that do work."""
+        """Share, 0 to 1, of the multiply-accumulates that the array could do in all its cycles."""
         if self.cycles is None or self.peak_macs_per_cycle is None:
             return None
         return self.macs / (self.cycles * self.peak_macs_per_cycle)
@@ -496,7 +496,7 @@ class ModelCost:
 
     @property
     def utilization(self) -> float | None:
-        """Share, 0 to 1, of the array's multiply-accumulates over all cycles that do work."""
+        """Share, 0 to 1, of the multiply-accumulates that the array could do in all its cycles."""
         peaks = [
             None
             if layer.cycles is None or layer.peak_macs_per_cycle is None
@@ -509,7 +509,7 @@ class ModelCost:
     def speedup_over(self, baseline: ModelCost) -> float | None:
         """End-to-end speedup: cycles of the baseline over cycles of this plan.
 
-        Not MOHAQ's speedup, which is a mean over layers: :mod:`bitwright.targets.mohaq`.
+        Not MOHAQ's speedup, which is a mean over operations: :mod:`bitwright.targets.mohaq`.
         """
         return _speedup(self, baseline)
 

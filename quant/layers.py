@@ -29,17 +29,16 @@ _COMPUTING = ("Conv", "Gemm", "MatMul", *_RECURRENT, *_OTHER_PRODUCTS)
 
 @dataclass(frozen=True, slots=True)
 class NotLayer:
-    """An operator that gets no precision of its own, and why."""
+    """An operator that gets no precision of its own, and why.
+
+    ``computes`` says whether it is work of its own: it is not where it carries values, cuts a range
+    or quantizes.
+    """
 
     name: str
     operator: str
     reason: str
-
-    @property
-    def computes(self) -> bool:
-        """Whether it is work: no quantizer or bound, no mover of values, nothing of shapes."""
-        free = ("quantizer", "carries values", "computes no floats", "cuts a range")
-        return not self.reason.startswith(free)
+    computes: bool = True
 
 
 def layer_nodes(model: Model) -> dict[str, ir.Node]:
@@ -64,7 +63,8 @@ def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
         if weight_input(node) is not None:
             layers.append(_describe(node))
         else:
-            others.append(NotLayer(str(node.name), node.op_type, _reason(node)))
+            reason = _reason(node)
+            others.append(NotLayer(str(node.name), node.op_type, reason, reason not in _NO_WORK))
     return tuple(layers), tuple(others)
 
 
@@ -179,16 +179,23 @@ def _reason(node: ir.Node) -> str:
     return _role(node)
 
 
+_QUANTIZER = "quantizer"
+_NO_FLOATS = "computes no floats: shapes, indices or masks"
+_CARRIES = "carries values: works on codes as they are"
+_CUTS = "cuts a range: bounds of the codes before it"
+_NO_WORK = (_QUANTIZER, _NO_FLOATS, _CARRIES, _CUTS)
+
+
 def _role(node: ir.Node) -> str:
     """What an operator without weights becomes where it stands between layers."""
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        return "quantizer"
+        return _QUANTIZER
     if not node.outputs or node.outputs[0].dtype not in (ir.DataType.FLOAT, None):
-        return "computes no floats: shapes, indices or masks"
+        return _NO_FLOATS
     if is_move(node):
-        return "carries values: works on codes as they are"
+        return _CARRIES
     if is_clamp(node):
-        return "cuts a range: bounds of the codes before it"
+        return _CUTS
     if is_arithmetic(node):
         return "no weights: integer arithmetic between layers"
     if is_elementwise(node):

@@ -235,23 +235,23 @@ class Accelerator(Data):
         """
         if self.weight_memory_bytes is None:
             return
-        bits = {
-            layer.name: layer.weight_count * plan[layer.name].weight_bits
+        bits = [
+            (layer.weight_count * plan[layer.name].weight_bits, layer.name)
             for layer in layers
             if layer.name in plan
-        }
-        capacity = self.weight_memory_bytes.value
-        if sum(bits.values()) > 8 * capacity:
-            largest = sorted(bits, key=lambda name: -bits[name])[:3]
+        ]
+        capacity, total = self.weight_memory_bytes.value, sum(count for count, _ in bits)
+        if total > 8 * capacity:
+            largest = sorted(bits, reverse=True)[:3]
             raise PlanError(
-                f"the weights take {_bytes(sum(bits.values()))}, and the memory of {self.name} "
+                f"the weights take {_bytes(total)}, and the memory of {self.name} "
                 f"holds {_bytes(8 * capacity)}",
                 where=where,
                 fix="give large layers fewer bits: "
-                + ", ".join(f"{name} ({plan[name]}, {_bytes(bits[name])})" for name in largest),
+                + ", ".join(f"{name} ({plan[name]}, {_bytes(count)})" for count, name in largest),
             )
 
-    def cost(self, layer: Layer, precision: Precision, **options: Any) -> LayerCost:
+    def cost(self, layer: Layer, precision: Precision | str, **options: Any) -> LayerCost:
         """What a layer costs.
 
         Parameters
@@ -259,7 +259,7 @@ class Accelerator(Data):
         layer
             A layer of a model, or one built with :meth:`bitwright.Layer.conv` and the like.
         precision
-            Its precision.
+            Its precision, ``w4a8`` as text.
         options
             Choices of the cost model: ``im2col=True`` for those of kind ``bitfusion``.
 
@@ -275,9 +275,12 @@ class Accelerator(Data):
         """
         model = self._model()
         where = f"layer {layer.name!r}"
+        precision = as_precision(precision)
         self.check_costed(layer, [precision])
-        known = list(signature(model.layer_cost).parameters)[2:]
-        if unknown := [name for name in options if name not in known]:
+        parameters = signature(model.layer_cost).parameters
+        known = list(parameters)[2:]
+        free = any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values())
+        if unknown := [name for name in options if name not in known and not free]:
             raise UsageError(
                 f"the cost model of {self.name} has no option {unknown[0]!r}",
                 fix=f"it has {', '.join(known)}" if known else "it has none",
@@ -289,17 +292,24 @@ class Accelerator(Data):
         except BitwrightError as error:
             raise type(error)(error.what, where=error.where or where, fix=error.fix) from None
         except (Exception, SystemExit) as error:  # a model of others may raise anything
-            frames = traceback.extract_tb(error.__traceback__)
-            theirs = [frame for frame in frames if frame.filename != __file__]
-            place = (
-                f"{theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else "what it gives"
-            )
-            raise RunError(
-                f"the cost model of {self.name} fails ({first_line(error)})",
-                where=where,
-                fix=f"it is the class {type(model).__qualname__}; see {place}",
-            ) from error
+            raise self._failure(error, where) from error
         return cost
+
+    def _failure(self, error: BaseException, where: str | None = None) -> RunError:
+        """Make the error that tells what the code of a cost model raised, and where."""
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename != __file__]
+        return RunError(
+            f"the cost model of {self.name} fails ({first_line(error)})",
+            where=where or f"accelerator {self.name}",
+            fix=f"it is the class {type(self.cost_model).__qualname__}; see "
+            + (theirs[-1] if theirs else "what it gives"),
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The classes of generic fields have no name to be found by.
+        document = self.model_dump(mode="json", by_alias=True)
+        return type(self).model_validate, ({**document, "cost": self.cost_model},)
 
     def check_costed(self, layer: Layer, precisions: Iterable[Precision]) -> None:
         """Refuse a layer that has no cost at some precision, whatever its sizes would give.
@@ -331,7 +341,7 @@ class Accelerator(Data):
     def model_cost(
         self,
         layers: Sequence[Layer],
-        plan: PrecisionPlan | Mapping[str, Precision] | Precision,
+        plan: PrecisionPlan | Mapping[str, Precision] | Precision | str,
         *,
         vector_values: int = 0,
     ) -> ModelCost:
@@ -354,11 +364,15 @@ class Accelerator(Data):
         chosen = precisions_of(layers, plan)
         vector_bits = _VECTOR_BITS * vector_values
         model, capacity = self._model(), self.weight_memory_bytes
+        try:
+            vector_energy = model.memory_energy_pj(vector_bits)
+        except (Exception, SystemExit) as error:  # a model of others may raise anything
+            raise self._failure(error) from error
         return ModelCost(
             target=self.name,
             layers=tuple(self.cost(layer, chosen[layer.name]) for layer in layers),
             vector_bits=vector_bits,
-            vector_energy_pj=model.memory_energy_pj(vector_bits),
+            vector_energy_pj=vector_energy,
             capacity_bits=None if capacity is None else 8 * capacity.value,
         )
 
@@ -428,6 +442,11 @@ def checked_cost(cost: object, layer: Layer, precision: Precision) -> LayerCost:
         raise ValueError(
             f"layer_cost gives the cost of {cost.layer!r} at {cost.precision}, not at {precision}"
         )
+    if (cost.macs, cost.weight_bits) != (
+        layer.macs,
+        layer.weight_count * precision.weight_bits,
+    ):
+        raise ValueError("macs or weight_bits are not the layer's: make it with LayerCost.of")
     if cost.bound not in (None, "compute", "memory"):
         raise ValueError(f"bound is {cost.bound!r}, neither 'compute' nor 'memory'")
     if not isinstance(cost.energy_pj, Mapping | None):
@@ -444,6 +463,11 @@ def checked_cost(cost: object, layer: Layer, precision: Precision) -> LayerCost:
         return found
 
     changed: dict[str, Any] = {name: own(name, getattr(cost, name)) for name in LayerCost.NUMBERS}
+    for name in ("cycles", "relative_cycles", "peak_macs_per_cycle"):
+        if changed[name] == 0:
+            raise ValueError(f"{name} is 0")
+    if (changed["stall_cycles"] or 0) > (changed["cycles"] or 0):
+        raise ValueError("there are more stall_cycles than cycles")
     if cost.energy_pj is not None:
         changed["energy_pj"] = {
             str(part): own(f"energy_pj[{part}]", value) for part, value in cost.energy_pj.items()
@@ -453,27 +477,36 @@ def checked_cost(cost: object, layer: Layer, precision: Precision) -> LayerCost:
     return replace(cost, **changed)
 
 
+def as_precision(precision: Precision | str) -> Precision:
+    """A precision, or its text form."""
+    return Precision.parse(precision) if isinstance(precision, str) else precision
+
+
 def precisions_of(
-    layers: Iterable[Layer], plan: PrecisionPlan | Mapping[str, Precision] | Precision
+    layers: Iterable[Layer], plan: PrecisionPlan | Mapping[str, Precision] | Precision | str
 ) -> Mapping[str, Precision]:
     """The precision of every layer.
 
     Raises
     ------
     PlanError
-        If a plan leaves layers out or names others.
+        If two layers have one name, or a plan leaves layers out or names others.
     """
     names = [layer.name for layer in layers]
-    if isinstance(plan, Precision):
-        return dict.fromkeys(names, plan)
+    known = set(names)
+    if len(known) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PlanError(f"two layers have the name {twice!r}", fix="give each one of its own")
+    if isinstance(plan, Precision | str):
+        return dict.fromkeys(names, as_precision(plan))
     chosen = plan.layers if isinstance(plan, PrecisionPlan) else plan
     for what, wrong in (
         ("has no precision for", [name for name in names if name not in chosen]),
-        ("names what is not in the model:", [name for name in chosen if name not in set(names)]),
+        ("names what is not in the model:", [name for name in chosen if name not in known]),
     ):
         if wrong:
             raise PlanError(f"{what} {_some(wrong)}", where="plan")
-    return chosen
+    return {name: as_precision(precision) for name, precision in chosen.items()}
 
 
 def _some(names: Sequence[str]) -> str:

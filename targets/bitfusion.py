@@ -34,7 +34,6 @@ _DEPENDS: Final = (
     (True, True, True, True, False),
     (True, True, True, False, True),
 )
-_STEP_BITS: Final = 8  # width that a fusion unit takes of an operand in one cycle
 
 
 class BitFusion(CostModel):
@@ -135,7 +134,7 @@ class BitFusion(CostModel):
     def steps(self, precision: Precision) -> int:
         """Cycles that these products take."""
         return math.prod(
-            math.ceil(bits / _STEP_BITS)
+            math.ceil(bits / self.widest_operand_bits.value)
             for bits in (precision.activation_bits, precision.weight_bits)
         )
 

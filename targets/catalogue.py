@@ -48,9 +48,9 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
             raise document.error(["cost", "model"], error.what, error.fix) from error
         try:
             data["cost"] = document.validate(kind, cost, ("cost",))
-        except (UsageError, KeyboardInterrupt):
+        except UsageError:
             raise
-        except BaseException as error:  # checks of others may raise anything
+        except (Exception, SystemExit) as error:  # checks of others may raise anything
             raise document.error(["cost"], f"the model refuses it ({first_line(error)})") from error
     accelerator = document.validate(Accelerator, data)
     named: list[tuple[tuple[str, ...], str]] = [(("precisions",), accelerator.precisions.source)]
@@ -63,26 +63,16 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
                 f"name one of {', '.join(accelerator.sources)}, or add it to 'sources'",
             )
     model = accelerator.cost_model
-    if model and (wrong := model.check_precisions(frozenset(accelerator.allowed_precisions))):
-        field, what = wrong
+    if model is None:
+        return accelerator
+    try:
+        wrong = model.check_precisions(frozenset(accelerator.allowed_precisions))
+        field, what = wrong or ("", "")
+    except (Exception, SystemExit) as error:
+        raise document.error(["cost"], f"the model refuses it ({first_line(error)})") from error
+    if wrong:
         raise document.error(["cost", field], what)
     return accelerator
-
-
-def _read_theirs(text: str, where: str) -> Accelerator:
-    """Read the description of a package; whatever its code raises becomes an error of ours.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be read.
-    """
-    try:
-        return _read(text, where)
-    except (UsageError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UsageError(f"cannot be read ({first_line(error)})", where=where) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +124,7 @@ def installed() -> Installed:
         for name, text in texts.items():
             owner = f"{package}, {name}"
             try:
-                accelerator = _read_theirs(text, owner)
+                accelerator = _read(text, owner)
             except UsageError as error:
                 problems.append(error)
             else:
@@ -198,5 +188,5 @@ def get(name: str | Path) -> Accelerator:
         fix = f"did you mean {' or '.join(near)}? Or {fix}"
     broken = "; ".join(f"{problem.where or ''} {problem.what}" for problem in found.problems)
     if broken:
-        fix = f"not all could be read: {broken.strip()}. Or {fix}"
+        fix = f"{fix}. Not all could be read: {broken.strip()}"
     raise UsageError(f"there is no accelerator {str(name)!r}", fix=fix)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import os
+import re
 import sys
 from abc import ABC, abstractmethod
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import ClassVar, Final
-
-from pydantic import BaseModel
+from types import ModuleType, NoneType, UnionType
+from typing import ClassVar, Final, Union, get_args, get_origin
 
 from bitwright.errors import UsageError, first_line
-from bitwright.targets.schema import Clock, Data, Number, parts_of
+from bitwright.targets.schema import Clock, Data, Number
 from bitwright.vocabulary import Layer, LayerCost, LayerKind, Precision
 
 __all__ = ["MODELS", "CostModel", "load_model"]
@@ -85,13 +81,40 @@ class CostModel(Data, ABC):
         return None
 
     @property
-    def digest(self) -> str:
-        """Hash of code and parameters: equal digests mean equal costs."""
-        classes = [kind for kind in type(self).__mro__ if issubclass(kind, CostModel)]
-        files = [Path(inspect.getfile(kind)).read_bytes() for kind in classes]
-        code = [hashlib.sha256(content).hexdigest() for content in files]
+    def digest(self) -> str | None:
+        """Hash of code and parameters: equal digests mean equal costs.
+
+        The code is that of the files that define the class and its bases, as they were when they
+        were imported; a model that depends on more overrides this. None where there is no file:
+        then costs are not kept.
+        """
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, CostModel)]
+        code = [kind._code for kind in kinds]
+        if None in code:
+            return None
         content = [type(self).__qualname__, code, self.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    _code: ClassVar[str | None] = None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        cls._code = source_hash(cls.__module__)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The classes of generic fields have no name to be found by.
+        return type(self).model_validate, (self.model_dump(mode="json"),)
+
+
+def source_hash(module: str) -> str | None:
+    """Hash of the file of a module; None where there is none, as in an interactive session."""
+    try:
+        return hashlib.sha256(Path(str(sys.modules[module].__file__)).read_bytes()).hexdigest()
+    except (KeyError, AttributeError, OSError):
+        return None
+
+
+CostModel._code = source_hash(__name__)
 
 
 def load_model(name: str, folder: Path | None = None) -> type[CostModel]:
@@ -102,7 +125,7 @@ def load_model(name: str, folder: Path | None = None) -> type[CostModel]:
     name
         One of :data:`MODELS`, or ``package.module:Class``.
     folder
-        Where a module may lie besides the installed ones: beside a description of the user.
+        Where a module of one file may lie besides the installed ones: beside a description.
 
     Raises
     ------
@@ -110,17 +133,19 @@ def load_model(name: str, folder: Path | None = None) -> type[CostModel]:
         If there is no such class, its module cannot be imported, or it is no complete cost model.
     """
     path = MODELS.get(name, name)
-    module, separator, attribute = path.partition(":")
-    if not separator:
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path) is None:
         raise UsageError(
             f"there is no cost model {name!r}",
             fix=f"choose one of {', '.join(MODELS)}, or write package.module:Class",
         )
+    module, _, attribute = path.partition(":")
+    file = None if folder is None or name in MODELS else folder / f"{module}.py"
     try:
-        file = None if folder is None else folder / f"{module.replace('.', '/')}.py"
         loaded = _load_file(file) if file is not None and file.is_file() else import_module(module)
         found = getattr(loaded, attribute)
-    except (Exception, SystemExit) as error:  # a module of others may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module of others may raise anything
         raise UsageError(f"cost model {name!r} cannot be loaded ({first_line(error)})") from error
     if not (isinstance(found, type) and issubclass(found, CostModel)):
         raise UsageError(
@@ -130,7 +155,7 @@ def load_model(name: str, folder: Path | None = None) -> type[CostModel]:
     if missing := sorted(found.__abstractmethods__):
         raise UsageError(f"cost model {name!r} does not define {missing[0]}")
     for parameter, field in found.model_fields.items():
-        if parameter != "model" and Number not in map(_origin, parts_of(field.annotation)):
+        if parameter != "model" and not _is_number(field.annotation):
             raise UsageError(
                 f"parameter {parameter!r} of cost model {name!r} has no source",
                 fix=f"declare it as {parameter}: Number[Count], Number[Positive] or the like",
@@ -138,30 +163,26 @@ def load_model(name: str, folder: Path | None = None) -> type[CostModel]:
     return found
 
 
-def _origin(kind: type[BaseModel]) -> type[BaseModel]:
-    """The generic model that a model was made from."""
-    origin = kind.__pydantic_generic_metadata__["origin"]
-    return kind if origin is None else origin
+def _is_number(annotation: object) -> bool:
+    """Whether an annotation is ``Number[...]`` or ``Number[...] | None``."""
+    union = get_origin(annotation) in (Union, UnionType)
+    parts = get_args(annotation) if union else (annotation,)
+    kinds = [part for part in parts if part is not NoneType]
+    return len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], Number)
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file that lies beside a description, under a name that only this content has."""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    name = f"{path.stem}_{content}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    folder = os.fspath(path.parent.absolute())
-    sys.path.insert(0, folder)  # what it imports itself may lie there too
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(folder)
-    return module
+    """Run a file that lies beside a description, as a module that only this file can be."""
+    content = path.read_bytes()
+    place = f"{path.absolute()}\n".encode()
+    name = f"{path.stem}_{hashlib.sha256(place + content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__file__ = str(path)
+        sys.modules[name] = module  # where pydantic looks annotations up
+        try:
+            exec(compile(content, str(path), "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

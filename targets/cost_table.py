@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import PlanError, UsageError, first_line
-from bitwright.targets.accelerators import Accelerator, checked_cost
+from bitwright.targets.accelerators import Accelerator, as_precision, checked_cost
 from bitwright.vocabulary import Layer, LayerCost, Precision, PrecisionPlan
 
 __all__ = ["QUANTITIES", "CostTable", "cache_file", "cost_table"]
@@ -84,6 +84,7 @@ class CostTable:
             return np.fromiter(own, np.intp, len(self.layers))
         except KeyError:
             pass
+        chosen = {name: as_precision(precision) for name, precision in chosen.items()}
         index = {precision: number for number, precision in enumerate(self.precisions)}
         missing = [name for name in self.layers if chosen.get(name) not in index]
         if missing:
@@ -168,13 +169,20 @@ def cost_table(
     if not layers:
         raise UsageError("there are no layers whose cost could be computed")
     chosen = tuple(accelerator.allowed_precisions if precisions is None else precisions)
+    if not chosen:
+        raise UsageError("there are no precisions whose cost could be computed")
     for layer in layers:  # what is refused is refused, whether its cost is known or not
         accelerator.check_costed(layer, chosen)
     known: dict[str, tuple[LayerCost, ...]] = {}
     costs: list[tuple[LayerCost, ...]] = []
-    with _Store(None if cache is None else Path(cache)) as store:
+    model = accelerator.cost_model
+    digest = None if cache is None or model is None else model.digest
+    if cache is not None and digest is None:
+        logger.warning("costs are not kept in %s: the cost model's code is in no file", cache)
+        cache = None
+    with _Store(None if cache is None else Path(cache), digest) as store:
         for number, layer in enumerate(layers):
-            key = _key(accelerator, layer)
+            key = _sizes(layer)
             if key not in known:
                 found = store.load(key, layer)
                 known[key] = tuple(
@@ -196,22 +204,21 @@ def cost_table(
     return CostTable(accelerator.name, names, chosen, values, tuple(costs))
 
 
-def _key(accelerator: Accelerator, layer: Layer) -> str:
-    """Hash of all that the costs of a layer depend on, except the precision."""
-    model = accelerator.cost_model
+def _sizes(layer: Layer) -> str:
+    """All of a layer that its costs depend on."""
     sizes = asdict(layer)
     for name in ("name", "input_shape", "weight_shape", "output_shape"):
         del sizes[name]
     sizes["weight_count"] = layer.weight_count
-    content = [_SCHEMA_VERSION, version("bitwright"), model and model.digest, sizes]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(sizes, sort_keys=True)
 
 
 class _Store:
     """Costs in an SQLite file; without a file, or with one that cannot be used, an empty one."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, digest: str | None) -> None:
         self._path = path
+        self._digest = digest
         self._database: sqlite3.Connection | None = None
 
     def __enter__(self) -> _Store:
@@ -244,23 +251,31 @@ class _Store:
                 self._database.close()
             self._database = None
 
-    def load(self, key: str, layer: Layer) -> dict[Precision, LayerCost]:
+    def _key(self, sizes: str) -> str:
+        content = [_SCHEMA_VERSION, version("bitwright"), self._digest, sizes]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def load(self, sizes: str, layer: Layer) -> dict[Precision, LayerCost]:
         found: dict[Precision, LayerCost] = {}
         if self._database is not None:
             with self._told():
                 for text, cost in self._database.execute(
-                    "SELECT precision, cost FROM costs WHERE layer = ?", (key,)
+                    "SELECT precision, cost FROM costs WHERE layer = ?", (self._key(sizes),)
                 ):
                     precision = Precision.parse(text)
                     read = LayerCost(layer=layer.name, precision=precision, **json.loads(cost))
                     found[precision] = checked_cost(read, layer, precision)
         return found
 
-    def save(self, key: str, costs: Sequence[LayerCost]) -> None:
+    def save(self, sizes: str, costs: Sequence[LayerCost]) -> None:
         if self._database is None or not costs:
             return
         rows = [
-            (key, str(cost.precision), json.dumps({n: getattr(cost, n) for n in _STORED}))
+            (
+                self._key(sizes),
+                str(cost.precision),
+                json.dumps({n: getattr(cost, n) for n in _STORED}),
+            )
             for cost in costs
         ]
         with self._told(), self._database:

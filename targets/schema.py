@@ -183,7 +183,8 @@ class Document:
 
     def error(self, path: Iterable[str | int], what: str, fix: str | None = None) -> UsageError:
         """Make an error about a field, with its line."""
-        path = tuple(part for part in path if part != "[key]")  # pydantic's word for a key
+        # pydantic's words for a key, and for one of several types, stand in no document.
+        path = tuple(part for part in path if part != "[key]" and "Number[" not in str(part))
         field = ".".join(map(str, path))
         return UsageError(
             f"field {field!r}: {what}" if path else what,
@@ -241,7 +242,7 @@ def _explain(
     """What is wrong with a field, and the way out, if one is known."""
     name = str(path[-1]) if path else ""
     if problem == "extra_forbidden":
-        near = difflib.get_close_matches(name, sorted(_names(kind)), n=1)
+        near = difflib.get_close_matches(name, sorted(_names_at(kind, path[:-1])), n=1)
         return "there is no such field", f"did you mean {near[0]!r}?" if near else None
     if problem == "missing":
         return "is missing", "name a key of 'sources'" if name == "source" else None
@@ -252,19 +253,23 @@ def _explain(
         number = _number(given)
         return f"{given!r} is no number", f"write {number or 'the number alone'}{unit}"
     if problem in ("model_type", "model_attributes_type") and _takes_number(kind, path):
-        return "has no source", f"write {{value: {given!r}, source: KEY}}, KEY one of 'sources'"
+        value = "..." if given is None else repr(given)
+        return "has no source", f"write {{value: {value}, source: KEY}}, KEY one of 'sources'"
     shown = f", not {given!r}" if isinstance(given, int | float | str) and given != "" else ""
     if message.startswith("Value error, "):
         return message.removeprefix("Value error, "), None
-    return message + shown, None
+    return message + shown, f"write the number alone{unit}" if unit else None
 
 
 def _number(text: str) -> str | None:
     """A number as YAML reads it, where a text is one."""
     try:
-        return f"{float(text):g}".replace("e+", ".0e+") if math.isfinite(float(text)) else None
+        number = float(text)
     except ValueError:
         return None
+    if not math.isfinite(number):
+        return None
+    return str(int(number)) if number.is_integer() else repr(number)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -278,20 +283,29 @@ def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from parts_of(part)
 
 
-def _names(kind: type[BaseModel]) -> set[str]:
-    """Names of all fields of a model, those inside its fields included."""
-    found: set[str] = set()
-    for name, field in kind.model_fields.items():
-        found.add(field.alias or name)
-        for part in parts_of(field.annotation):
-            found |= _names(part)
-    return found
+def _kinds_at(kind: type[BaseModel], path: tuple[str | int, ...]) -> list[type[BaseModel]]:
+    """The models that the field at a path can be."""
+    kinds = [kind]
+    for part in path:
+        fields = [
+            field
+            for found in kinds
+            for name, field in found.model_fields.items()
+            if str(part) in (name, field.alias)
+        ]
+        kinds = [p for field in fields for p in parts_of(field.annotation)] or kinds
+    return kinds
+
+
+def _names_at(kind: type[BaseModel], path: tuple[str | int, ...]) -> set[str]:
+    """Names of the fields beside the one at a path."""
+    return {
+        field.alias or name
+        for found in _kinds_at(kind, path)
+        for name, field in found.model_fields.items()
+    }
 
 
 def _takes_number(kind: type[BaseModel], path: tuple[str | int, ...]) -> bool:
     """Whether the field at a path is a number with a source."""
-    kinds = [kind]
-    for part in path:
-        fields = [found.model_fields.get(str(part)) for found in kinds]
-        kinds = [p for field in fields if field is not None for p in parts_of(field.annotation)]
-    return any(issubclass(found, Number) for found in kinds)
+    return any(issubclass(found, Number) for found in _kinds_at(kind, path))

@@ -50,7 +50,7 @@ def check_accelerator(
 
     - *Units*: every number of the description has a unit in its name, or is a count or a table;
       quantities are finite and not negative; time is cycles over the clock; parts do not exceed
-      their whole.
+      their whole, nor utilization 1.
     - *Determinism*: equal calls give equal costs, whatever was asked in between, whatever the
       layer is called, and after the description was read again.
     - *Monotone in bits*: with more bits for weights, activations or both, none of the quantities
@@ -74,6 +74,8 @@ def check_accelerator(
     """
     found = accelerator if isinstance(accelerator, Accelerator) else get(accelerator)
     assert found.cost_model is not None, f"{found.name} has no cost model"
+    for name in found.cost_model.monotone:
+        assert hasattr(LayerCost, name), f"monotone names {name!r}, which no cost has"
     _check_names(found)
     known = [
         layer
@@ -88,7 +90,7 @@ def check_accelerator(
     for layer in known:
         _check_precisions(found, layer)
         for cost in costs[layer.name].values():
-            _check_units(found, layer, cost)
+            _check_units(found, cost)
         _check_same_quantities(costs[layer.name].values())
         _check_monotone(costs[layer.name], found.cost_model.monotone)
     document = found.model_dump(by_alias=True)
@@ -138,23 +140,17 @@ def _check_precisions(accelerator: Accelerator, layer: Layer) -> None:
         raise AssertionError(f"{layer.name}: has a cost at {precision}, which is not allowed")
 
 
-def _check_units(accelerator: Accelerator, layer: Layer, cost: LayerCost) -> None:
-    where = f"{layer.name} at {cost.precision}"
-    assert cost.macs == layer.macs, f"{where}: {cost.macs} multiply-accumulates, not {layer.macs}"
-    bits = layer.weight_count * cost.precision.weight_bits
-    assert cost.weight_bits == bits, f"{where}: {cost.weight_bits} bits of weights, not {bits}"
+def _check_units(accelerator: Accelerator, cost: LayerCost) -> None:
+    where = f"{cost.layer} at {cost.precision}"
     assert (cost.cycles, cost.relative_cycles, cost.energy_pj) != (None, None, None), (
         f"{where}: neither cycles nor energy"
     )
-    if cost.cycles is not None:
-        assert cost.cycles > 0, f"{where}: no cycles"
-        assert (cost.stall_cycles or 0) <= cost.cycles, f"{where}: more stall cycles than cycles"
-        if accelerator.frequency_mhz is not None:
-            seconds = cost.cycles / (1e6 * accelerator.frequency_mhz)
-            assert cost.seconds is not None, f"{where}: no seconds"
-            assert math.isclose(cost.seconds, seconds), (
-                f"{where}: {cost.seconds} s, but {cost.cycles} cycles take {seconds} s"
-            )
+    if cost.cycles is not None and accelerator.frequency_mhz is not None:
+        seconds = cost.cycles / (1e6 * accelerator.frequency_mhz)
+        assert cost.seconds is not None, f"{where}: no seconds"
+        assert math.isclose(cost.seconds, seconds), (
+            f"{where}: {cost.seconds} s, but {cost.cycles} cycles take {seconds} s"
+        )
     utilization = cost.utilization
     assert utilization is None or utilization <= 1 + _ROUNDING, (
         f"{where}: does {utilization:.3f} of what the array can"

@@ -6,8 +6,10 @@ Accelerators", IEEE Transactions on Computers 70(8), 2021. The package ``zigzag-
 
 from __future__ import annotations
 
+import hashlib
 import math
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from bitwright.errors import UsageError
 from bitwright.targets.bitfusion import BitFusion, problem_of
@@ -24,9 +26,14 @@ class ZigZag(BitFusion):
     """
 
     @property
-    def digest(self) -> str:
-        """Hash of code, parameters and the version of ZigZag."""
-        return f"{super().digest}-{version('zigzag-dse')}"
+    def digest(self) -> str | None:
+        """Hash of code, that of the mapping included, parameters and the version of ZigZag."""
+        try:
+            installed = version("zigzag-dse")
+        except PackageNotFoundError:
+            return None
+        mapping = hashlib.sha256(Path(__file__).with_name("zigzag_mapping.py").read_bytes())
+        return f"{super().digest}-{mapping.hexdigest()}-{installed}"
 
     def layer_cost(
         self, layer: Layer, precision: Precision, *, im2col: bool | None = None

@@ -246,7 +246,7 @@ def test_a_plan_that_the_target_cannot_do(tmp_path: Path) -> None:
     # It is refused before the samples are looked at.
     message = refuse(
         PlanError,
-        "silago/drra cannot do the precision of 5 layers: conv1",
+        "precision w4a8: silago/drra cannot do the precision w4a8",
         tmp_path,
         target="silago/drra",
         precision="w4a8",
@@ -265,7 +265,7 @@ def test_a_quantized_model_that_the_target_cannot_do(tmp_path: Path, few: Path) 
     path = tmp_path / "qdq.onnx"
     bitwright.quantize(MODEL, precision="w2a8", calibration=few, output=path)
     message = refuse(
-        PlanError, r"cannot do .* fc3 \(w2a8\)", tmp_path, model=path, target="silago/drra",
+        PlanError, "cannot do the precision w2a8", tmp_path, model=path, target="silago/drra",
         precision=None, calibration=None,
     )  # fmt: skip
     assert message.startswith(str(path))

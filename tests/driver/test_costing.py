@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -139,8 +140,8 @@ def test_no_number_is_cut_where_the_terminal_is_narrow(
     monkeypatch.setattr(
         tables,
         "_console",
-        lambda: Console(
-            file=output, width=columns, force_terminal=True, color_system=None, highlight=False
+        lambda width=columns: Console(
+            file=output, width=width, force_terminal=True, color_system=None, emoji=False
         ),
     )
     found = bitwright.cost(MODEL, "bitfusion/eyeriss", precision="w8a8", baseline="w16a16")
@@ -230,8 +231,13 @@ def test_a_page_is_not_overwritten(tmp_path: Path) -> None:
     assert path.read_text() != "mine"
 
 
-def test_names_are_shown_as_text(tmp_path: Path) -> None:
-    name = "</script><script>alert(1)</script>"
+@pytest.mark.parametrize(
+    "name",
+    ["model:x:0", "[bold]a[/bold]", "層" * 30, "a" * 80, "<b>&\"'%{y}", "</script><script>x"],
+)
+def test_names_are_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     model = tmp_path / "model.onnx"
     weights = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
     graph = helper.make_graph(
@@ -243,8 +249,16 @@ def test_names_are_shown_as_text(tmp_path: Path) -> None:
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), model)
     path = tmp_path / "cost.html"
-    bitwright.cost(model, "silago/drra", precision="w4a4", plot=path)
-    assert "<script>alert(1)" not in path.read_text()
+    tables.print_cost(bitwright.cost(model, "silago/drra", precision="w4a4", plot=path))
+    out = capsys.readouterr().out
+    assert (name if len(name) < 30 else f"{name[:8]}") in out
+    page = path.read_text()
+    assert "<script>x" not in page
+    (drawn,) = [trace for trace in traces(page) if trace["name"] == "weights"]
+    shown = html.unescape(drawn["x"][0]).replace("\u200b", "")
+    assert shown == name
+    assert "<b>" not in drawn["x"][0]
+    assert "%{" not in drawn["x"][0]
 
 
 # -- bad input -----------------------------------------------------------------------------------
@@ -325,6 +339,15 @@ def test_a_cost_model_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("LayerCost.of(layer, precision, cycles=-1)", "ValueError: cycles is -1"),
         ("LayerCost.of(layer, precision, cycles=float('nan'))", "ValueError: cycles is nan"),
         ("LayerCost.of(layer, precision, cycles='7')", "TypeError: cycles is '7', no number"),
+        ("LayerCost.of(layer, precision, cycles=0)", "ValueError: cycles is 0"),
+        (
+            "LayerCost.of(layer, precision, cycles=1, peak_macs_per_cycle=0)",
+            "ValueError: peak_macs_per_cycle is 0",
+        ),
+        (
+            "LayerCost.of(layer, precision, cycles=1, stall_cycles=2)",
+            "ValueError: there are more stall_cycles than cycles",
+        ),
         ("LayerCost.of(layer, precision, energy_pj=5.0)", "TypeError: energy_pj is no mapping"),
         (
             "LayerCost.of(layer, precision, energy_pj={'a': float('inf')})",

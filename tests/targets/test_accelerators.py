@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 from pathlib import Path
 
 import pytest
 
 from bitwright import Layer, Precision, PrecisionPlan, targets
-from bitwright.errors import PlanError, UsageError
+from bitwright.errors import PlanError, RunError, UsageError
 from tests.targets.descriptions import write
 
 WIDTHS = (2, 4, 8, 16)
@@ -167,3 +168,45 @@ def test_a_model_costs_the_sum_of_its_layers() -> None:
 def test_plans_of_other_models(plan: dict[str, Precision], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         targets.get("silago/drra").model_cost([CONV, VECTOR], plan)
+
+
+def test_layers_of_one_name_are_refused() -> None:
+    layers = [Layer.matmul(rows=1, in_features=2048, out_features=1024) for _ in range(5)]
+    accelerator = targets.get("silago/drra")
+    with pytest.raises(PlanError, match="two layers have the name 'matmul'"):
+        accelerator.model_cost(layers, Precision(8, 8))
+    with pytest.raises(PlanError, match="the weights take 10,485,760 bytes"):
+        accelerator.check_memory(layers, {"matmul": Precision(8, 8)})
+
+
+def test_precisions_may_be_texts() -> None:
+    accelerator = targets.get("bitfusion/eyeriss")
+    assert accelerator.cost(CONV, "w4a8") == accelerator.cost(CONV, Precision(4, 8))
+    assert accelerator.model_cost([CONV], "w4a8") == accelerator.model_cost(
+        [CONV], {"conv": Precision(4, 8)}
+    )
+
+
+@pytest.mark.parametrize("name", sorted(targets.available()))
+def test_accelerators_go_to_other_processes(name: str) -> None:
+    accelerator = targets.get(name)
+    copied = pickle.loads(pickle.dumps(accelerator))  # noqa: S301 - our own, of a moment ago
+    assert copied == accelerator
+    if name != "bitfusion/zigzag":
+        precision = accelerator.allowed_precisions[0]
+        assert copied.cost(VECTOR, precision) == accelerator.cost(VECTOR, precision)
+
+
+def test_energy_of_vectors_that_a_model_cannot_tell(tmp_path: Path) -> None:
+    (tmp_path / "vector_costs.py").write_text(
+        "from bitwright import LayerCost\n"
+        "from bitwright.targets import CostModel\n"
+        "class Vectors(CostModel):\n"
+        "    def layer_cost(self, layer, precision):\n"
+        "        return LayerCost.of(layer, precision, cycles=1)\n"
+        "    def memory_energy_pj(self, bits):\n"
+        "        raise KeyError('bits')\n"
+    )
+    accelerator = targets.get(write(tmp_path / "mine.yaml", cost={"model": "vector_costs:Vectors"}))
+    with pytest.raises(RunError, match="the cost model of mine/one fails"):
+        accelerator.model_cost([CONV], Precision(8, 8))

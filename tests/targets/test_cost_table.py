@@ -11,7 +11,7 @@ import pytest
 
 from bitwright import Layer, LayerCost, Precision, PrecisionPlan, targets
 from bitwright.errors import PlanError, UsageError
-from bitwright.targets import bitfusion
+from bitwright.targets import Accelerator, bitfusion
 from bitwright.targets.cost_table import QUANTITIES, CostTable, cache_file, cost_table
 from tests.targets.descriptions import changed
 
@@ -217,3 +217,48 @@ def test_the_file_lies_in_the_users_folder_for_caches(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", os.fspath(tmp_path / "home"))
     assert cache_file() == tmp_path / "home" / ".cache" / "bitwright" / "costs.sqlite"
+
+
+def own_model(folder: Path, cycles: int) -> Accelerator:
+    (folder / "own_costs.py").write_text(
+        "from bitwright import LayerCost\n"
+        "from bitwright.targets import CostModel\n"
+        "class Own(CostModel):\n"
+        "    def layer_cost(self, layer, precision):\n"
+        f"        return LayerCost.of(layer, precision, cycles={cycles})\n"
+    )
+    return targets.get(changed(folder, "silago/drra", {"cost": {"model": "own_costs:Own"}}))
+
+
+def test_costs_are_those_of_the_code_that_computed_them(tmp_path: Path) -> None:
+    cache = tmp_path / "costs.sqlite"
+    old = own_model(tmp_path, 19)
+    new = own_model(tmp_path, 21)  # of equal length, in the same second
+    for accelerator, cycles in ((old, 19), (new, 21), (old, 19)):
+        for file in (None, cache):
+            table = cost_table(accelerator, LAYERS, cache=file)
+            assert table.costs[0][0].cycles == cycles
+
+
+def test_code_that_is_in_no_file_keeps_no_costs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = own_model(tmp_path, 5)
+    monkeypatch.setattr(type(accelerator.cost_model), "_code", None)
+    cache = tmp_path / "costs.sqlite"
+    with caplog.at_level(logging.WARNING):
+        assert cost_table(accelerator, LAYERS, cache=cache).costs[0][0].cycles == 5
+    assert "in no file" in caplog.text
+    assert not cache.exists()
+
+
+def test_no_precisions() -> None:
+    with pytest.raises(UsageError, match="there are no precisions"):
+        cost_table(SILAGO, LAYERS, precisions=[])
+
+
+def test_plans_may_be_texts() -> None:
+    table = cost_table(SILAGO, LAYERS)
+    texts: Any = {layer.name: "w8a8" for layer in LAYERS}
+    plan = dict.fromkeys(texts, Precision(8, 8))
+    assert (table.choice(texts) == table.choice(plan)).all()

@@ -135,8 +135,32 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
             {"cost.frequency_mhz.value": 500_000_000},
             "field 'cost.frequency_mhz.value': Input should be less than or equal to 100000, not "
             "500000000",
-            None,
+            "write the number alone: its unit is MHz",
             "value: 500000000",
+        ),
+        (
+            {"sources": DROPPED, "source": {}},
+            "field 'source': there is no such field",
+            "did you mean 'sources'?",
+            "source: {}",
+        ),
+        (
+            {"cost.frequency_mhz": None},
+            "field 'cost.frequency_mhz': has no source",
+            "write {value: ..., source: KEY}, KEY one of 'sources'",
+            "frequency_mhz: null",
+        ),
+        (
+            {"cost.frequency_mhz.value": "1.5e2"},
+            "field 'cost.frequency_mhz.value': '1.5e2' is no number",
+            "write 150: its unit is MHz",
+            "value: 1.5e2",
+        ),
+        (
+            {"cost.model": "own:"},
+            "field 'cost.model': there is no cost model 'own:'",
+            None,
+            "model: 'own:'",
         ),
         (
             {"cost.frequency_mhz": 500},

@@ -35,10 +35,13 @@ WRONG: dict[str, tuple[Cost, str]] = {
         lambda cost, _, __: replace(cost, energy_pj={"mac": float("inf")}),
         r"energy_pj\[mac\] is inf",
     ),
-    "operations": (lambda cost, _, __: replace(cost, macs=1), "1 multiply-accumulates, not"),
+    "operations": (
+        lambda cost, _, __: replace(cost, macs=1),
+        "macs or weight_bits are not the layer's",
+    ),
     "weights": (
         lambda cost, _, __: replace(cost, weight_bits=cost.weight_bits // 8),
-        "bits of weights, not",
+        "macs or weight_bits are not the layer's",
     ),
     "nothing": (
         lambda cost, _, __: replace(cost, relative_cycles=None, energy_pj=None),
@@ -46,7 +49,7 @@ WRONG: dict[str, tuple[Cost, str]] = {
     ),
     "stalls": (
         lambda cost, _, __: replace(cost, cycles=5.0, stall_cycles=6.0),
-        "more stall cycles than cycles",
+        "there are more stall_cycles than cycles",
     ),
     "utilization": (
         lambda cost, _, __: replace(cost, cycles=5.0, peak_macs_per_cycle=1.0),
