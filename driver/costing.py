@@ -186,7 +186,7 @@ def cost(
         raise UsageError("the bar charts are a page", where=str(plot), fix="name it .html")
     picture = None if plot is None else check_writable(plot, overwrite=overwrite)
     accelerator = targets.get(target)
-    compared = Precision.parse(baseline) if isinstance(baseline, str) else baseline
+    compared = None if baseline is None else Precision.of(baseline)
     loaded = load(model)
     if loaded.is_quantized:
         if precision is not None or plan is not None:

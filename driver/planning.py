@@ -57,16 +57,12 @@ def make_plan(
             where=loaded.source,
             fix="plan for the float model it is made from",
         )
-    uniform = fit_plan(loaded, _precision(precision))
-    chosen = {**uniform.layers, **{n: _precision(p) for n, p in (layers or {}).items()}}
+    uniform = fit_plan(loaded, Precision.of(precision))
+    chosen = {**uniform.layers, **{n: Precision.of(p) for n, p in (layers or {}).items()}}
     plan = fit_plan(loaded, PrecisionPlan(layers=chosen, elementwise_bits=elementwise_bits))
     if path is not None:
         write_atomically(path, plan.to_json().encode())
     return plan
-
-
-def _precision(value: str | Precision) -> Precision:
-    return value if isinstance(value, Precision) else Precision.parse(value)
 
 
 def resolve_plan(
@@ -94,7 +90,7 @@ def resolve_plan(
             "there are both a precision for all layers and a plan", fix="leave out one of them"
         )
     if precision is not None:
-        layers = fit_plan(model, _precision(precision)).layers
+        layers = fit_plan(model, Precision.of(precision)).layers
         bits = 16 if elementwise_bits is None else elementwise_bits
         return fit_plan(model, PrecisionPlan(layers, elementwise_bits=bits))
     if elementwise_bits is not None:
@@ -136,9 +132,9 @@ def plan_for(
         asks for what this one cannot do.
     """
     complete = resolve_plan(model, precision, plan, elementwise_bits)
-    where = str(plan) if isinstance(plan, str | Path) else "plan"
-    if precision is not None:
-        where = f"precision {precision}"
+    where = "plan" if precision is None else f"precision {precision}"
+    if isinstance(plan, str | Path):
+        where = str(plan)
     if complete.target not in (None, accelerator.name):
         raise PlanError(
             f"was made for {complete.target}, not for {accelerator.name}",

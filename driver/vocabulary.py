@@ -89,6 +89,11 @@ class Precision:
         except PlanError as error:
             raise PlanError(error.what, where=f"precision {text!r}", fix=error.fix) from None
 
+    @classmethod
+    def of(cls, value: Precision | str) -> Precision:
+        """A precision as it is, or read from its text form."""
+        return value if isinstance(value, Precision) else cls.parse(value)
+
     def __str__(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits}"
 

@@ -275,7 +275,7 @@ class Accelerator(Data):
         """
         model = self._model()
         where = f"layer {layer.name!r}"
-        precision = as_precision(precision)
+        precision = Precision.of(precision)
         self.check_costed(layer, [precision])
         parameters = signature(model.layer_cost).parameters
         known = list(parameters)[2:]
@@ -477,11 +477,6 @@ def checked_cost(cost: object, layer: Layer, precision: Precision) -> LayerCost:
     return replace(cost, **changed)
 
 
-def as_precision(precision: Precision | str) -> Precision:
-    """A precision, or its text form."""
-    return Precision.parse(precision) if isinstance(precision, str) else precision
-
-
 def precisions_of(
     layers: Iterable[Layer], plan: PrecisionPlan | Mapping[str, Precision] | Precision | str
 ) -> Mapping[str, Precision]:
@@ -498,7 +493,7 @@ def precisions_of(
         twice = next(name for name in names if names.count(name) > 1)
         raise PlanError(f"two layers have the name {twice!r}", fix="give each one of its own")
     if isinstance(plan, Precision | str):
-        return dict.fromkeys(names, as_precision(plan))
+        return dict.fromkeys(names, Precision.of(plan))
     chosen = plan.layers if isinstance(plan, PrecisionPlan) else plan
     for what, wrong in (
         ("has no precision for", [name for name in names if name not in chosen]),
@@ -506,7 +501,7 @@ def precisions_of(
     ):
         if wrong:
             raise PlanError(f"{what} {_some(wrong)}", where="plan")
-    return {name: as_precision(precision) for name, precision in chosen.items()}
+    return {name: Precision.of(precision) for name, precision in chosen.items()}
 
 
 def _some(names: Sequence[str]) -> str:

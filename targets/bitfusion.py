@@ -26,7 +26,7 @@ __all__ = ["BitFusion", "Problem", "problem_of"]
 
 Array: TypeAlias = npt.NDArray[Any]  # whole numbers: int64, or Python's own where they are larger
 
-_BATCH, _HEIGHT, _WIDTH, _IN, _OUT = range(5)
+_HEIGHT, _WIDTH = 1, 2  # of the five loops over batch, height, width, inputs and outputs
 _OPERANDS: Final = ("weight", "input", "output")
 # Which of the five loops over tiles change what the buffer of an operand holds.
 _DEPENDS: Final = (

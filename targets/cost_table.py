@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import PlanError, UsageError, first_line
-from bitwright.targets.accelerators import Accelerator, as_precision, checked_cost
+from bitwright.targets.accelerators import Accelerator, checked_cost
 from bitwright.vocabulary import Layer, LayerCost, Precision, PrecisionPlan
 
 __all__ = ["QUANTITIES", "CostTable", "cache_file", "cost_table"]
@@ -84,7 +84,7 @@ class CostTable:
             return np.fromiter(own, np.intp, len(self.layers))
         except KeyError:
             pass
-        chosen = {name: as_precision(precision) for name, precision in chosen.items()}
+        chosen = {name: Precision.of(precision) for name, precision in chosen.items()}
         index = {precision: number for number, precision in enumerate(self.precisions)}
         missing = [name for name in self.layers if chosen.get(name) not in index]
         if missing:

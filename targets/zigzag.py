@@ -32,8 +32,11 @@ class ZigZag(BitFusion):
             installed = version("zigzag-dse")
         except PackageNotFoundError:
             return None
+        parameters = super().digest
+        if parameters is None:
+            return None
         mapping = hashlib.sha256(Path(__file__).with_name("zigzag_mapping.py").read_bytes())
-        return f"{super().digest}-{mapping.hexdigest()}-{installed}"
+        return f"{parameters}-{mapping.hexdigest()}-{installed}"
 
     def layer_cost(
         self, layer: Layer, precision: Precision, *, im2col: bool | None = None

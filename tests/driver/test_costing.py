@@ -68,12 +68,14 @@ def test_a_plan_and_a_baseline(tmp_path: Path) -> None:
     assert wide.cycles is not None
     assert found.cost.cycles is not None
     assert found.speedup == wide.cycles / found.cost.cycles
-    assert found == bitwright.cost(
+    assert found.where == str(plan)
+    loaded = bitwright.cost(
         MODEL,
         "bitfusion/eyeriss",
         plan=PrecisionPlan.from_json(plan.read_text()),
         baseline=Precision(16, 16),
-    ) or found.where == str(plan)
+    )
+    assert (loaded.cost, loaded.baseline) == (found.cost, found.baseline)
 
 
 def test_batches() -> None:
