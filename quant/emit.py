@@ -32,7 +32,15 @@ from bitwright.quant.prepare import add_initializer
 from bitwright.quant.refine import LayerChoice
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["Emitter", "LayerSummary", "TensorSummary"]
+__all__ = [
+    "Emitter",
+    "LayerCodes",
+    "LayerConstants",
+    "LayerSummary",
+    "TensorSummary",
+    "bias_input",
+    "layer_codes",
+]
 
 _INT32_MAX = 2**31 - 1
 
@@ -120,8 +128,9 @@ class Emitter:
         self._clones: dict[tuple[ir.Node, TensorQuantization], ir.Node] = {}
         self._integer: set[ir.Node] = set()
         self.elementwise_values: set[ir.Value] = set()
+        self.layers: list[LayerSummary] = []
 
-    def run(self) -> list[LayerSummary]:
+    def run(self) -> None:
         """Rewrite the graph in place."""
         placement = self._placement
         nodes = list(self._graph)
@@ -133,10 +142,9 @@ class Emitter:
         for value, root in tables.items():
             for node in self._chain(value, root):
                 inside[node] = root
-        summaries = []
         for node in nodes:
             if node in placement.layers:
-                summaries.append(self._layer(node))
+                self._layer(node)
             elif node in inside:
                 self._integer.add(node)
                 root = inside[node]
@@ -154,7 +162,6 @@ class Emitter:
                         node.replace_input_with(index, self._elementwise(operand))
             elif node in placement.biases:
                 self._integer.add(node)
-        return summaries
 
     def float_nodes(self) -> list[ir.Node]:
         """Nodes that neither run in integers nor only carry or clamp values between those."""
@@ -331,87 +338,199 @@ class Emitter:
             self._placed[key] = self._quantizer(value, quantization)
         return self._placed[key]
 
-    def _layer(self, node: ir.Node) -> LayerSummary:
+    def _layer(self, node: ir.Node) -> None:
         index = weight_input(node)
         assert index is not None
         name = str(node.name)
         precision = self._plan.layers[name]
         data = self._placement.layer_input(node)
         entry = self._chosen[data, precision.activation_bits]
-        weights = constant(node.inputs[index])
-        assert weights is not None
-        axis = channel_axis(node, weights.ndim) if self._per_channel else None
-        choice = self._choices.get(name, LayerChoice())
-        codes, scales = choice.weight_codes, choice.weight_scales
-        if codes is None or scales is None:
-            codes, scales = quantize_weights(weights, precision.weight_bits, axis=axis)
-        if axis is not None and precision.activation_bits <= 8:
-            bias = self._bias_values(node, choice.bias_shift)
-            codes, scales = _fit_bias(
-                weights, codes, scales, axis, precision.weight_bits, entry.quantization.scale, bias
-            )
+        source = LayerConstants.of(node, self._placement)
+        weights = source.weights
+        found = layer_codes(
+            source,
+            precision,
+            entry.quantization.scale,
+            self._choices.get(name, LayerChoice()),
+            per_channel=self._per_channel,
+        )
+        axis, scales = found.axis, found.weight_scales
         node.replace_input_with(1 - index, self._place(data, entry.quantization))
         dtype = _code_dtype(TensorQuantization(1.0, 0, precision.weight_bits, signed=True))
-        stored = self._stored(node, f"{name}.weight_codes", codes.astype(dtype), scales, axis)
+        stored = self._stored(
+            node, f"{name}.weight_codes", found.weight_codes.astype(dtype), scales, axis
+        )
         node.replace_input_with(index, stored)
-        product = np.float32(entry.quantization.scale) * scales
-        kept = self._bias(node, product, choice.bias_shift)
+        kept = self._bias(node, found)
         rows = np.moveaxis(weights, axis or 0, 0).reshape(scales.size, -1).astype(np.float64)
-        code_rows = np.moveaxis(codes, axis or 0, 0).reshape(scales.size, -1)
+        code_rows = np.moveaxis(found.weight_codes, axis or 0, 0).reshape(scales.size, -1)
         limits = scales.reshape(-1).astype(np.float64) * ((1 << (precision.weight_bits - 1)) - 1)
         peaks = np.maximum(np.abs(rows).max(axis=1, initial=0.0), 1e-300)
-        return LayerSummary(
-            name,
-            node.op_type,
-            precision,
-            entry,
-            _sqnr_db(rows, code_rows * scales.reshape(-1, 1).astype(np.float64)),
-            float(np.minimum(limits / peaks, 1.0).mean()),
-            weights.size,
-            -(-precision.weight_bits * weights.size // 8),
-            kept,
+        self.layers.append(
+            LayerSummary(
+                name,
+                node.op_type,
+                precision,
+                entry,
+                _sqnr_db(rows, code_rows * scales.reshape(-1, 1).astype(np.float64)),
+                float(np.minimum(limits / peaks, 1.0).mean()),
+                weights.size,
+                -(-precision.weight_bits * weights.size // 8),
+                kept,
+            )
         )
 
-    def _bias_values(self, node: ir.Node, shift: Array | None) -> Array | None:
-        """The bias that a layer will have, one value an output channel; None without one."""
-        values = [constant(value) for value in node.inputs[2:3]]
-        for addition, layer in self._placement.biases.items():
-            if layer is node:
-                values = [constant(value) for value in addition.inputs]
-        bias = next((array for array in values if array is not None), None)
-        if bias is None:
-            return shift
-        return bias.reshape(-1) + (0.0 if shift is None else shift)
-
-    def _bias(self, node: ir.Node, scale: npt.NDArray[np.float32], shift: Array | None) -> str:
-        """Quantize the bias of a layer at the accumulator's scale where int32 can hold it."""
-        user, index = node, 2
-        for addition, layer in self._placement.biases.items():
-            if layer is node:
-                user, index = addition, 0 if constant(addition.inputs[0]) is not None else 1
-        missing = len(user.inputs) <= index or user.inputs[index] is None
-        bias: Array | None
-        if missing:
-            if shift is None or node.op_type == "MatMul":
-                return ""
-            node.resize_inputs(3)
-            bias = np.zeros(shift.shape, np.float32)
-        else:
-            bias = constant(user.inputs[index])
-        if bias is None:
+    def _bias(self, node: ir.Node, found: LayerCodes) -> str:
+        """Write the bias of a layer; return how it is kept."""
+        if found.bias is None:
+            return ""
+        user, index = bias_input(node, self._placement)
+        if len(user.inputs) <= index:
+            user.resize_inputs(index + 1)
+        if found.bias_codes is None:
+            before = constant(user.inputs[index])
+            if before is None or not np.array_equal(found.bias, before):
+                value = add_initializer(self._graph, f"{node.name}.shifted_bias", found.bias)
+                user.replace_input_with(index, value)
             return "float32"
-        if shift is not None:
-            bias = (bias + shift).astype(np.float32)
-            value = add_initializer(self._graph, f"{node.name}.shifted_bias", bias)
-            user.replace_input_with(index, value)
-        codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-        if np.abs(codes).max(initial=0.0) > _INT32_MAX:
-            return "float32"
-        axis = None if scale.ndim == 0 else bias.ndim - 1
+        scale = found.bias_scales
+        axis = None if scale.ndim == 0 else found.bias.ndim - 1
         name = f"{node.name}.bias_codes"
-        stored = self._stored(user, name, codes.astype(np.int32), scale, axis)
+        stored = self._stored(user, name, found.bias_codes, scale, axis)
         user.replace_input_with(index, stored)
         return "int32"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCodes:
+    """The constants of a layer, quantized.
+
+    Attributes
+    ----------
+    weight_codes
+        Integers, in the shape of the weights.
+    weight_scales
+        float32, one an output channel or one for all.
+    axis
+        Axis of the weights that runs over output channels; None where there is one scale.
+    bias
+        float32, with its shift; None without bias.
+    bias_codes
+        int32 in the shape of ``bias``, at the scale of the accumulator (``bias_scales``); None
+        where int32 cannot hold them, and the bias stays float.
+    bias_scales
+        Activation scale times ``weight_scales``.
+    """
+
+    weight_codes: npt.NDArray[np.integer[Any]]
+    weight_scales: npt.NDArray[np.float32]
+    axis: int | None
+    bias: npt.NDArray[np.float32] | None
+    bias_codes: npt.NDArray[np.int32] | None
+    bias_scales: npt.NDArray[np.float32]
+
+    def dequantized_weights(self) -> npt.NDArray[np.float32]:
+        """Weights as DequantizeLinear gives them."""
+        shape = [1] * self.weight_codes.ndim
+        if self.axis is not None:
+            shape[self.axis] = -1
+        codes = self.weight_codes.astype(np.float32)
+        codes *= self.weight_scales.reshape(shape) if self.axis is not None else self.weight_scales
+        return codes
+
+    def dequantized_bias(self) -> npt.NDArray[np.float32] | None:
+        """Bias as DequantizeLinear gives it; None without bias."""
+        if self.bias_codes is None:
+            return self.bias
+        return self.bias_codes.astype(np.float32) * self.bias_scales
+
+
+def bias_input(node: ir.Node, placement: Placement) -> tuple[ir.Node, int]:
+    """Node and index of the input that holds, or would hold, the bias of a layer."""
+    for addition, layer in placement.biases.items():
+        if layer is node:
+            return addition, 0 if constant(addition.inputs[0]) is not None else 1
+    return node, 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConstants:
+    """The constants of a float layer.
+
+    Attributes
+    ----------
+    weights
+        float32, as they stand in the model.
+    axis
+        Axis of the weights that runs over output channels; None where there is none.
+    bias
+        float32; None without one, or where it is computed.
+    shiftable
+        Whether the layer has, or can be given, a constant bias.
+    """
+
+    weights: npt.NDArray[np.float32]
+    axis: int | None
+    bias: npt.NDArray[np.float32] | None
+    shiftable: bool
+
+    @classmethod
+    def of(cls, node: ir.Node, placement: Placement) -> LayerConstants:
+        """Read the constants of a layer of the float graph."""
+        index = weight_input(node)
+        assert index is not None
+        weights = constant(node.inputs[index])
+        assert weights is not None
+        user, position = bias_input(node, placement)
+        bias = constant(user.inputs[position]) if len(user.inputs) > position else None
+        axis = channel_axis(node, weights.ndim)
+        return cls(weights, axis, bias, placement.has_bias(node))
+
+
+def layer_codes(
+    layer: LayerConstants,
+    precision: Precision,
+    activation_scale: float,
+    choice: LayerChoice,
+    *,
+    per_channel: bool,
+) -> LayerCodes:
+    """Quantize the constants of a layer.
+
+    Parameters
+    ----------
+    layer
+        The constants.
+    precision
+        Its precision.
+    activation_scale
+        The scale of its data input.
+    choice
+        What refinement chose for it.
+    per_channel
+        Whether output channels have weight scales of their own.
+    """
+    axis = layer.axis if per_channel else None
+    codes, scales = choice.weight_codes, choice.weight_scales
+    if codes is None or scales is None:
+        codes, scales = quantize_weights(layer.weights, precision.weight_bits, axis=axis)
+    bias, shift = layer.bias, choice.bias_shift
+    if shift is not None:
+        if bias is not None:
+            bias = (bias + shift).astype(np.float32)
+        elif layer.shiftable:
+            bias = shift
+    if axis is not None and precision.activation_bits <= 8 and bias is not None:
+        codes, scales = _fit_bias(
+            layer.weights, codes, scales, axis, precision.weight_bits, activation_scale, bias
+        )
+    bias_scales = np.asarray(np.float32(activation_scale) * scales)
+    bias_codes = None
+    if bias is not None:
+        exact = np.rint(bias.astype(np.float64) / bias_scales.astype(np.float64))
+        if np.abs(exact).max(initial=0.0) <= _INT32_MAX:
+            bias_codes = exact.astype(np.int32)
+    return LayerCodes(codes, scales, axis, bias, bias_codes, bias_scales)
 
 
 def _sqnr_db(signal: Array, approximation: Array) -> float:
@@ -429,16 +548,16 @@ def _fit_bias(
     axis: int,
     bits: int,
     activation_scale: float,
-    bias: Array | None,
+    bias: Array,
 ) -> tuple[Array, npt.NDArray[np.float32]]:
     """Raise the scales of channels whose weights are nothing beside their bias.
 
     In steps of such a tiny scale the bias would exceed int32, and one channel would keep the whole
     bias in float. With 2^30 steps to the bias, rounding the weights costs 2^-31 of it for each.
     """
-    if bias is None or bias.size != scales.size:
+    if bias.size != scales.size:
         return codes, scales
-    least = np.abs(bias.astype(np.float64)) / (activation_scale * 2.0**30)
+    least = np.abs(bias.reshape(-1).astype(np.float64)) / (activation_scale * 2.0**30)
     raised = np.maximum(scales, least.astype(np.float32))
     if np.array_equal(raised, scales):
         return codes, scales

@@ -1,26 +1,40 @@
 """What an evaluation measures.
 
-A metric is a class without constructor arguments that follows :class:`Metric`. bitwright's own come
-in by the entry-point group ``bitwright.metrics``, and so do those of others; ``module:Class`` names
-one without an entry point.
+A metric is a class without constructor arguments that follows :class:`Metric`, or a function of
+all outputs and labels. bitwright's own come in by the entry-point group ``bitwright.metrics``, and
+so do those of others; ``module:name`` names one without an entry point.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from bitwright.errors import DataError, UsageError
 from bitwright.quant.float_ops import Array
 
-__all__ = ["MeanSquaredError", "Metric", "Sqnr", "Top1", "Top5", "get_metric", "metric_names"]
+__all__ = [
+    "Bounded",
+    "MeanSquaredError",
+    "Metric",
+    "Perplexity",
+    "PhoneErrorRate",
+    "Sqnr",
+    "Top1",
+    "Top5",
+    "TopK",
+    "WordErrorRate",
+    "get_metric",
+    "metric_names",
+]
 
 _GROUP = "bitwright.metrics"
 
@@ -52,14 +66,44 @@ class Metric(Protocol):
         """Value over all batches."""
 
 
-class _TopK:
+@runtime_checkable
+class Bounded(Protocol):
+    """What a metric may have besides: a bound by which an evaluation can stop early."""
+
+    def bound(self, remaining: int) -> float:
+        """Best value that can still be reached when ``remaining`` more samples come."""
+
+
+def _refuse_labels(labels: Array, low: int | None, classes: int, fix: str) -> None:
+    """Refuse what is no class number; without ``low`` every negative number is allowed."""
+    whole = labels.dtype.kind in "iu"
+    small = whole and low is not None and (labels < low).any()
+    if not whole or small or (labels >= classes).any():
+        span = f"up to {classes - 1}" if low is None else f"from {low} to {classes - 1}"
+        raise DataError(f"labels must be whole numbers {span}", fix=fix)
+
+
+def _labels_of_vectors(scores: Array, labels: Array) -> Array:
+    """Give the labels the shape of the vectors (last axis) that they belong to."""
+    if scores.ndim < 1 or labels.size != math.prod(scores.shape[:-1]):
+        raise DataError(
+            f"labels of shape {list(labels.shape)} do not fit outputs of shape "
+            f"{list(scores.shape)}",
+            fix="give one label for every vector of class scores",
+        )
+    return labels.reshape(scores.shape[:-1])
+
+
+class TopK:
+    """Share of labels among the ``k`` highest scores of the first output (last axis: classes)."""
+
     unit: ClassVar[str] = "fraction"
     higher_is_better: ClassVar[bool] = True
     needs: ClassVar[Literal["labels", "outputs"]] = "labels"
-    k: ClassVar[int]
 
-    def __init__(self) -> None:
-        self._right = self._total = 0
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._right = self._total = self._samples = 0
 
     def update(
         self,
@@ -67,22 +111,17 @@ class _TopK:
         labels: Array | None,
         expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
     ) -> None:
+        """Add the labels of a batch."""
         scores = next(iter(outputs.values()))
         assert labels is not None
-        if scores.shape[:-1] != labels.shape or scores.ndim < 1:
-            if scores.ndim < 1 or labels.size != math.prod(scores.shape[:-1]):
-                raise DataError(
-                    f"labels of shape {list(labels.shape)} do not fit outputs of shape "
-                    f"{list(scores.shape)}",
-                    fix="give one label for every vector of class scores",
-                )
-            labels = labels.reshape(scores.shape[:-1])
+        samples = labels.shape[0] if labels.ndim else 1
+        labels = _labels_of_vectors(scores, labels)
         classes = scores.shape[-1]
-        whole = labels.dtype.kind in "iu"
-        if not whole or labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
+        _refuse_labels(labels, 0, classes, "store the index of the right class of every sample")
+        if self.k > classes:
             raise DataError(
-                f"labels must be whole numbers from 0 to {classes - 1}",
-                fix="store the index of the right class of every sample",
+                f"the {self.k} highest scores are asked for, and there are {classes} classes",
+                fix="choose a smaller K for topK",
             )
         # Of equal scores the first class wins, as with argmax: it counts those in front as better.
         right = np.take_along_axis(scores, labels[..., None].astype(np.int64), -1)
@@ -90,21 +129,186 @@ class _TopK:
         better = (scores > right) | ((scores == right) & (index < labels[..., None]))
         self._right += int((better.sum(axis=-1) < self.k).sum())
         self._total += labels.size
+        self._samples += samples
 
     def value(self) -> float:
+        """Share of labels."""
         return self._right / self._total if self._total else math.nan
 
+    def bound(self, remaining: int) -> float:
+        """Value when all labels of ``remaining`` more samples are right."""
+        # All samples have the same number of labels, which is not known before the first batch.
+        coming = remaining * (self._total // self._samples if self._samples else 1)
+        total = self._total + coming
+        return (self._right + coming) / total if total else math.nan
 
-class Top1(_TopK):
+
+class Top1(TopK):
     """Share of labels that have the highest score of the first output (last axis: classes)."""
 
-    k = 1
+    def __init__(self) -> None:
+        super().__init__(1)
 
 
-class Top5(_TopK):
+class Top5(TopK):
     """Share of labels among the five highest scores of the first output."""
 
-    k = 5
+    def __init__(self) -> None:
+        super().__init__(5)
+
+
+class _ErrorRate:
+    """Substitutions, deletions and insertions of tokens a token of the reference.
+
+    Errors and lengths are summed over all utterances before they are divided. As there may be any
+    number of insertions, the rate may exceed 1.
+    """
+
+    unit: ClassVar[str] = "fraction"
+    higher_is_better: ClassVar[bool] = False
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    def __init__(self) -> None:
+        self._errors = self._length = 0
+
+    def _add(self, references: Sequence[Array], hypotheses: Sequence[Array]) -> None:
+        import jiwer
+
+        counts = jiwer.process_words(
+            [" ".join(map(str, tokens)) for tokens in references],
+            [" ".join(map(str, tokens)) for tokens in hypotheses],
+        )
+        self._errors += counts.substitutions + counts.deletions + counts.insertions
+        self._length += counts.substitutions + counts.deletions + counts.hits
+
+    def value(self) -> float:
+        """Errors a token."""
+        if self._length == 0:
+            return math.inf if self._errors else math.nan
+        return self._errors / self._length
+
+
+def _without_repeats(tokens: Array) -> Array:
+    """Keep the first of every run of equal tokens."""
+    kept: Array = tokens[np.diff(tokens.astype(np.int64), prepend=-1) != 0]
+    return kept
+
+
+class PhoneErrorRate(_ErrorRate):
+    """Phone error rate of a classifier of frames.
+
+    The first output holds scores [batch, frames, classes], the labels [batch, frames] the class of
+    every frame, or -1 where there is padding: such frames do not count. A run of frames of one
+    class is one phone, in the outputs as in the labels.
+    """
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the utterances of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        if scores.ndim != 3 or labels.shape != scores.shape[:2]:
+            raise DataError(
+                f"labels of shape {list(labels.shape)} do not fit outputs of shape "
+                f"{list(scores.shape)}",
+                fix="give labels [batch, frames] for outputs [batch, frames, classes]",
+            )
+        _refuse_labels(labels, -1, scores.shape[-1], "store the class of every frame, or -1")
+        spoken = labels >= 0
+        self._add(
+            [_without_repeats(row[here]) for row, here in zip(labels, spoken, strict=True)],
+            [
+                _without_repeats(row[here])
+                for row, here in zip(scores.argmax(axis=-1), spoken, strict=True)
+            ],
+        )
+
+
+class WordErrorRate(_ErrorRate):
+    """Word error rate of a CTC model, decoded greedily.
+
+    The first output holds scores [batch, frames, classes]; class 0 is the blank, every other one a
+    word (or a piece of one, which then counts as a word). The labels [batch, words] hold the
+    classes of the words, padded with -1.
+
+    Decoding takes the best class of every frame, one of every run of equal classes, and drops the
+    blanks: best path decoding of Graves et al., "Connectionist Temporal Classification", 2006.
+    """
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the utterances of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        if scores.ndim != 3 or labels.ndim != 2 or labels.shape[0] != scores.shape[0]:
+            raise DataError(
+                f"labels of shape {list(labels.shape)} do not fit outputs of shape "
+                f"{list(scores.shape)}",
+                fix="give labels [batch, words] for outputs [batch, frames, classes]",
+            )
+        fix = "store the classes of the words, padded with -1"
+        _refuse_labels(labels, -1, scores.shape[-1], fix)
+        if (labels == 0).any():
+            raise DataError("labels hold the class 0, which is the blank", fix=fix)
+        paths = [_without_repeats(row) for row in scores.argmax(axis=-1)]
+        self._add([row[row > 0] for row in labels], [path[path > 0] for path in paths])
+
+
+class Perplexity:
+    """Exponential of the mean negative log-likelihood of the labels.
+
+    The first output holds logits [..., vocabulary], the labels [...] the token to predict at every
+    place (nothing is shifted), or a negative number where none is.
+    """
+
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = False
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    def __init__(self) -> None:
+        self._loss = 0.0
+        self._count = 0
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the tokens of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        labels = _labels_of_vectors(scores, labels)
+        _refuse_labels(
+            labels,
+            None,
+            scores.shape[-1],
+            "store the token to predict at every place, and a negative number where there is none",
+        )
+        tokens = labels[labels >= 0].astype(np.int64)
+        logits = scores[labels >= 0].astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        right = np.take_along_axis(logits, tokens[:, None], -1)
+        # In place: logits are the largest array around.
+        self._loss += float(np.log(np.exp(logits, out=logits).sum(axis=-1)).sum() - right.sum())
+        self._count += tokens.size
+
+    def value(self) -> float:
+        """Perplexity; infinite if it is larger than any float."""
+        if self._count == 0:
+            return math.nan
+        try:
+            return math.exp(self._loss / self._count)
+        except OverflowError:
+            return math.inf
 
 
 class MeanSquaredError:
@@ -154,8 +358,51 @@ class Sqnr(MeanSquaredError):
         return 10.0 * math.log10(self._signal / self._noise) if self._signal else -math.inf
 
 
+class _FunctionMetric:
+    """A function of all outputs and labels as a metric; attributes of it replace those below."""
+
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = False
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    def __init__(self, function: Callable[[dict[str, Array], Any], float]) -> None:
+        self._function = function
+        self._outputs: list[Mapping[str, Array]] = []
+        self._labels: list[Array | None] = []
+        self._expected: list[Mapping[str, Array]] = []
+        for name in ("unit", "higher_is_better", "needs"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+
+    def update(
+        self, outputs: Mapping[str, Array], labels: Array | None, expected: Mapping[str, Array]
+    ) -> None:
+        self._outputs.append(outputs)
+        self._labels.append(labels)
+        if self.needs == "outputs":
+            self._expected.append(expected)
+
+    def value(self) -> float:
+        if not self._outputs:
+            return math.nan
+        outputs = _joined_by_name(self._outputs)
+        if self.needs == "outputs":
+            return float(self._function(outputs, _joined_by_name(self._expected)))
+        labels = [part for part in self._labels if part is not None]
+        return float(self._function(outputs, _joined(labels) if labels else None))
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    # A model without a batch dimension may give single numbers.
+    return np.concatenate([np.atleast_1d(part) for part in parts])
+
+
+def _joined_by_name(batches: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
+
+
 def metric_names() -> list[str]:
-    """Names of the metrics that are installed."""
+    """Names of the metrics that are installed; besides, every ``top<K>`` is one."""
     return sorted({entry.name for entry in entry_points(group=_GROUP)})
 
 
@@ -165,7 +412,12 @@ def get_metric(name: str) -> Metric:
     Parameters
     ----------
     name
-        A name from :func:`metric_names`, or ``package.module:Class``.
+        A name from :func:`metric_names`, ``top<K>``, or ``package.module:name`` of a class that
+        follows :class:`Metric` or of a function. A function is called once, with all outputs (by
+        name) and all labels (None where there are none), and returns the value. It may have the
+        attributes ``unit`` (otherwise ""), ``higher_is_better`` (otherwise False) and ``needs``
+        (otherwise ``labels``; with ``outputs`` it gets those of the float model in place of the
+        labels).
 
     Raises
     ------
@@ -187,9 +439,12 @@ def get_metric(name: str) -> Metric:
     else:
         found = list(entry_points(group=_GROUP, name=name))
         if not found:
+            # No model has a billion classes, and int() refuses very long numbers.
+            if top := re.fullmatch("top([1-9][0-9]{0,8})", name):
+                return TopK(int(top[1]))
             raise UsageError(
                 f"there is no metric {name!r}",
-                fix=f"choose one of {', '.join(metric_names())}, or package.module:Class",
+                fix=f"choose one of {', '.join(metric_names())}, top<K> or package.module:name",
             )
         if len({entry.value for entry in found}) > 1:
             owners = ", ".join(entry.value for entry in found)
@@ -201,17 +456,23 @@ def get_metric(name: str) -> Metric:
                 f"metric {name!r} ({found[0].value}) cannot be loaded "
                 f"({type(error).__name__}: {error})"
             ) from error
-    try:
-        metric: Metric = factory()
-    except Exception as error:
-        raise UsageError(
-            f"metric {name!r} cannot be made ({type(error).__name__}: {error})",
-            fix="a metric is a class without constructor arguments",
-        ) from error
+    metric: Metric
+    if callable(factory) and not isinstance(factory, type):
+        metric = _FunctionMetric(factory)
+    else:
+        try:
+            metric = factory()
+        except Exception as error:
+            raise UsageError(
+                f"metric {name!r} cannot be made ({type(error).__name__}: {error})",
+                fix="a metric is a class without constructor arguments, or a function",
+            ) from error
     members = ("unit", "higher_is_better", "needs", "update", "value")
     if missing := [member for member in members if not hasattr(metric, member)]:
         raise UsageError(
             f"metric {name!r} has no {missing[0]!r}",
             fix="bitwright.quant.metrics.Metric says what a metric has",
         )
+    if metric.needs not in ("labels", "outputs"):
+        raise UsageError(f"metric {name!r} needs {metric.needs!r}", fix="needs labels or outputs")
     return metric

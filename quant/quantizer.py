@@ -8,6 +8,7 @@ and INT16 need operator set 21, INT2 needs 25.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,14 +21,28 @@ from bitwright.quant.calibrate import calibrate
 from bitwright.quant.emit import Emitter, LayerSummary, TensorSummary
 from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import Model, convert_opset
-from bitwright.quant.observers import ClipMethod, Observer, choose_quantization, expected_sqnr_db
+from bitwright.quant.observers import (
+    ClipMethod,
+    Observer,
+    TensorQuantization,
+    choose_quantization,
+    expected_sqnr_db,
+)
 from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import prepare
-from bitwright.quant.refine import LayerChoice, refine
+from bitwright.quant.refine import LayerChoice, Refinement, measure_errors
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["LayerSummary", "Quantized", "TensorSummary", "fit_plan", "quantize_model"]
+__all__ = [
+    "Calibration",
+    "LayerSummary",
+    "Quantized",
+    "TensorSummary",
+    "calibrate_model",
+    "fit_plan",
+    "quantize_model",
+]
 
 _INT2_OPSET = 25
 
@@ -148,6 +163,129 @@ def fit_plan(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A float model with all that is needed to quantize it at some precisions.
+
+    Attributes
+    ----------
+    model
+        The model, prepared.
+    placement
+        Where its quantizers go.
+    observers
+        Value name to what was seen.
+    quantizations
+        For value name and bits, what the histogram suggests.
+    refinement
+        What candidate scales do to the outputs of layers; None for ``minmax``.
+    per_channel
+        Whether output channels have weight scales of their own.
+    """
+
+    model: Model
+    placement: Placement
+    observers: dict[str, Observer]
+    quantizations: dict[tuple[str, int], TensorQuantization]
+    refinement: Refinement | None
+    per_channel: bool
+
+    def choose(
+        self, precisions: Mapping[str, Precision]
+    ) -> tuple[dict[tuple[str, int], TensorQuantization], dict[str, LayerChoice]]:
+        """Scales of all activations, and what was chosen for each layer, at some precisions."""
+        if self.refinement is None:
+            return self.quantizations, {}
+        refined, choices = self.refinement.choose(precisions)
+        return {**self.quantizations, **refined}, choices
+
+
+def calibrate_model(
+    model: Model,
+    precisions: Mapping[str, Sequence[Precision]],
+    samples: Samples,
+    *,
+    elementwise_bits: int = 16,
+    clip: ClipMethod = "mmse",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    asymmetric: bool = False,
+    batch_size: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Calibration:
+    """Find out what quantizing a loaded float model needs; the model is consumed.
+
+    Parameters
+    ----------
+    model
+        A float model from :func:`bitwright.quant.load.load`.
+    precisions
+        Layer name to the precisions that may be asked for.
+    samples
+        Calibration data.
+    elementwise_bits, clip, percentile, per_channel, asymmetric, batch_size, progress
+        As in :func:`quantize_model`.
+
+    Raises
+    ------
+    ModelError, DataError, RunError, UsageError
+        As in :func:`quantize_model`.
+    """
+    if model.is_quantized:
+        raise ModelError(
+            "is quantized already", where=model.source, fix="give the float model it was made from"
+        )
+    if not layer_nodes(model):
+        raise ModelError(
+            "has no layers to quantize: no Conv, Gemm or MatMul with constant weights",
+            where=model.source,
+            fix="bitwright inspect says why each operator is none",
+        )
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size {batch_size} is not positive")
+    probe = Observer()
+    choose_quantization(probe, 8, method=clip, percentile=percentile)  # refuse bad options early
+    prepare(model)
+    placement = Placement(model.graph)
+    wanted: dict[tuple[ir.Value, int], None] = {}
+    for number in range(max(len(entry) for entry in precisions.values())):
+        layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
+        plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits)
+        wanted.update(dict.fromkeys(placement.wanted(plan)))
+    observers, kept = calibrate(
+        model,
+        [value for value, _ in wanted],
+        samples,
+        batch_size=batch_size,
+        keep=clip != "minmax",
+        progress=progress,
+    )
+    quantizations = {
+        (str(value.name), bits): choose_quantization(
+            observers[str(value.name)],
+            bits,
+            method=clip,
+            percentile=percentile,
+            asymmetric=asymmetric,
+        )
+        for value, bits in wanted
+    }
+    refinement = None
+    if clip != "minmax":
+        refinement = measure_errors(
+            model,
+            {n: placement.has_bias(n) for n in model.graph if n in placement.layers},
+            quantizations,
+            observers,
+            precisions,
+            kept,
+            per_channel=per_channel,
+            activations=clip == "mmse",
+            progress=progress,
+        )
+    return Calibration(model, placement, observers, quantizations, refinement, per_channel)
+
+
 def quantize_model(
     model: Model,
     plan: PrecisionPlan,
@@ -172,7 +310,7 @@ def quantize_model(
         Calibration data.
     clip, percentile, asymmetric
         How activations are clipped; see :func:`~bitwright.quant.observers.choose_quantization`
-        and, for ``mmse``, :func:`~bitwright.quant.refine.refine`, which chooses the scales of
+        and, for ``mmse``, :mod:`~bitwright.quant.refine`, which chooses the scales of
         weights and shifts biases as well. ``minmax`` leaves weights and biases as they are.
     per_channel
         Whether every output channel of a layer has a weight scale of its own.
@@ -186,61 +324,29 @@ def quantize_model(
     DataError, RunError
         If calibration fails.
     """
-    if model.is_quantized:
-        raise ModelError(
-            "is quantized already", where=model.source, fix="give the float model it was made from"
-        )
-    if not layer_nodes(model):
-        raise ModelError(
-            "has no layers to quantize: no Conv, Gemm or MatMul with constant weights",
-            where=model.source,
-            fix="bitwright inspect says why each operator is none",
-        )
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch size {batch_size} is not positive")
-    probe = Observer()
-    choose_quantization(probe, 8, method=clip, percentile=percentile)  # refuse bad options early
     narrow = any(2 in (p.weight_bits, p.activation_bits) for p in plan.layers.values())
-    if narrow and model.opset < _INT2_OPSET:
+    if narrow and model.opset < _INT2_OPSET and not model.is_quantized:
         model.ir = convert_opset(model.ir, _INT2_OPSET, model.source)
-    prepare(model)
-    placement = Placement(model.graph)
-    wanted = placement.wanted(plan)
-    observers, kept = calibrate(
+    found = calibrate_model(
         model,
-        [value for value, _ in wanted],
+        {name: [precision] for name, precision in plan.layers.items()},
         samples,
+        elementwise_bits=plan.elementwise_bits,
+        clip=clip,
+        percentile=percentile,
+        per_channel=per_channel,
+        asymmetric=asymmetric,
         batch_size=batch_size,
-        keep=clip != "minmax",
         progress=progress,
     )
-    quantizations = {
-        (value, bits): choose_quantization(
-            observers[str(value.name)],
-            bits,
-            method=clip,
-            percentile=percentile,
-            asymmetric=asymmetric,
-        )
-        for value, bits in wanted
-    }
-    choices: dict[str, LayerChoice] = {}
-    if clip != "minmax":
-        refined, choices = refine(
-            model,
-            {n: placement.has_bias(n) for n in model.graph if n in placement.layers},
-            quantizations,
-            observers,
-            plan.layers,
-            kept,
-            per_channel=per_channel,
-            activations=clip == "mmse",
-            progress=progress,
-        )
-        quantizations.update(refined)
+    placement = found.placement
+    quantizations, choices = found.choose(plan.layers)
     chosen: dict[tuple[ir.Value, int], TensorSummary] = {}
-    for (value, bits), quantization in quantizations.items():
-        observer = observers[str(value.name)]
+    for value, bits in placement.wanted(plan):
+        observer, quantization = (
+            found.observers[str(value.name)],
+            quantizations[str(value.name), bits],
+        )
         chosen[value, bits] = TensorSummary(
             str(value.name),
             quantization,
@@ -249,7 +355,7 @@ def quantize_model(
             expected_sqnr_db(observer, quantization),
         )
     emitter = Emitter(model.graph, placement, plan, chosen, choices, per_channel)
-    layers = emitter.run()
+    emitter.run()
     RemoveUnusedNodesPass()(model.ir)
     NameFixPass()(model.ir)
     model.ir.ir_version = max(model.ir.ir_version, 11 if model.opset >= _INT2_OPSET else 10)
@@ -263,7 +369,7 @@ def quantize_model(
     return Quantized(
         model.to_proto(),
         plan,
-        tuple(layers),
+        tuple(emitter.layers),
         tuple(elementwise.values()),
         tuple((str(n.name), n.op_type) for n in emitter.float_nodes() if n.graph is not None),
         model.notes,

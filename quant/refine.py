@@ -24,7 +24,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,9 @@ from bitwright.quant.observers import (
     squared_error,
 )
 from bitwright.quant.samples import Batch, ProgressCallback
+from bitwright.vocabulary import Precision
 
-__all__ = ["LayerChoice", "refine"]
+__all__ = ["LayerChoice", "Refinement", "measure_errors"]
 
 # Relative to the scale that the histogram suggests; more than the calibrated range is never kept.
 _ACTIVATION_PARTS = (0.65, 0.8, 1.0, 1.2, 1.45, 1.8, 2.4)
@@ -52,6 +53,10 @@ _HISTOGRAM_TOLERANCE = 2.0  # in squared error: 3 dB
 # Relative to the largest weight of the channel.
 _WEIGHT_PARTS = {2: (0.25, 1.0), 4: (0.4, 1.0), 8: (0.6, 1.0)}
 _WEIGHT_STEPS = 6
+
+
+_Key: TypeAlias = tuple[str, int]  # name of a value, bits
+_Candidate: TypeAlias = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]
 
 
 @dataclass(slots=True)
@@ -66,7 +71,7 @@ class LayerChoice:
         What to add to the bias, one value an output channel; None for nothing.
     """
 
-    weight_codes: npt.NDArray[np.int32] | None = None
+    weight_codes: npt.NDArray[np.integer[Any]] | None = None
     weight_scales: npt.NDArray[np.float32] | None = None
     bias_shift: npt.NDArray[np.float32] | None = None
 
@@ -238,12 +243,24 @@ def _plausible(
     return [scale for scale, error in zip(scales, errors, strict=True) if error <= limit]
 
 
+def _scale_candidates(
+    observer: Observer, quantization: TensorQuantization, *, several: bool
+) -> list[float]:
+    scale = quantization.scale
+    limit = max(_largest_scale(observer, quantization), scale)
+    parts = _ACTIVATION_PARTS if several else (1.0,)
+    scales = sorted({float(np.float32(min(scale * part, limit))) for part in parts})
+    return _plausible(scales, observer, quantization)
+
+
 def _weight_candidates(
     weights: npt.NDArray[np.float32], axis: int | None, bits: int
-) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-    low, high = _WEIGHT_PARTS[bits]
-    parts = np.linspace(low, high, _WEIGHT_STEPS)
-    return [quantize_weights(weights, bits, axis=axis, part=float(part)) for part in parts]
+) -> list[_Candidate]:
+    candidates = []
+    for part in np.linspace(*_WEIGHT_PARTS[bits], _WEIGHT_STEPS):
+        codes, scales = quantize_weights(weights, bits, axis=axis, part=float(part))
+        candidates.append((codes.astype(np.int8), scales))  # at most 8 bits; there are many
+    return candidates
 
 
 def _expand(scales: Array, axis: int | None, rank: int) -> Array:
@@ -253,19 +270,116 @@ def _expand(scales: Array, axis: int | None, rank: int) -> Array:
     return scales.reshape(shape) if scales.ndim else scales
 
 
-def refine(
+class Refinement:
+    """What :func:`measure_errors` found: enough to choose scales and bias shifts for any plan.
+
+    Parameters
+    ----------
+    layers
+        Layer name to the name of its data input.
+    quantizations
+        What histograms suggest.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, str],
+        quantizations: Mapping[_Key, TensorQuantization],
+    ) -> None:
+        self._layers = dict(layers)
+        self._quantizations = quantizations
+        self._activations: dict[_Key, dict[float, dict[str, _Error]]] = {}
+        self._weights: dict[tuple[str, int], _Weights] = {}
+        self._power: dict[str, float] = {}
+
+    def choose(
+        self, precisions: Mapping[str, Precision]
+    ) -> tuple[dict[tuple[str, int], TensorQuantization], dict[str, LayerChoice]]:
+        """Choose for some layers, among them all or none of those that share a data input.
+
+        Returns
+        -------
+        quantizations
+            The activations that changed.
+        choices
+            Layer name to choice.
+        """
+        sharing: dict[_Key, list[str]] = {}
+        for name, precision in precisions.items():
+            key = (self._layers[name], precision.activation_bits)
+            sharing.setdefault(key, []).append(name)
+        chosen: dict[_Key, TensorQuantization] = {}
+        for key, names in sharing.items():
+            candidates = self._activations.get(key, {})
+            sums = [_total([errors[name] for name in names]) for errors in candidates.values()]
+            # Infinite, too large for float32: the histogram's choice stays.
+            if sums and np.isfinite(min(sums)):
+                scale = list(candidates)[int(np.argmin(sums))]
+                chosen[key] = replace(self._quantizations[key], scale=scale)
+        choices = {
+            name: self._choose_layer(
+                name, precision, chosen.get((self._layers[name], precision.activation_bits))
+            )
+            for name, precision in precisions.items()
+        }
+        return chosen, choices
+
+    def _choose_layer(
+        self, name: str, precision: Precision, activation: TensorQuantization | None
+    ) -> LayerChoice:
+        choice = LayerChoice()
+        shift: Array = np.zeros(())
+        if activation is not None:
+            key = (self._layers[name], precision.activation_bits)
+            error = self._activations[key][activation.scale][name]
+            if error.samples:
+                shift = shift - _reliable(error.mean, error.mean_variance, error.samples)
+        weights = self._weights.get((name, precision.weight_bits))
+        if weights is not None:
+            choice.weight_codes, choice.weight_scales = weights.codes, weights.scales
+            shift = shift - weights.mean
+        if shift.ndim and np.any(shift):
+            choice.bias_shift = shift.astype(np.float32)
+        return choice
+
+    def noise(self, name: str, precision: Precision) -> float:
+        """Noise that a precision adds to the output of one layer, relative to its power.
+
+        Mean squared error left by rounding weights and activations, each by itself, over the mean
+        square of the float output. 16 bits count as exact.
+        """
+        key = (self._layers[name], precision.activation_bits)
+        sums = [_total([errors[name]]) for errors in self._activations.get(key, {}).values()]
+        noise = min(sums, default=0.0)
+        weights = self._weights.get((name, precision.weight_bits))
+        noise += 0.0 if weights is None else weights.variance
+        power = self._power.get(name, 0.0)
+        return noise / power if power > 0.0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The best weights of a layer at some bits, and the error they leave."""
+
+    codes: npt.NDArray[np.integer[Any]]
+    scales: npt.NDArray[np.float32]
+    mean: Array
+    variance: float
+
+
+def measure_errors(
     model: Model,
     layers: Mapping[ir.Node, bool],
-    quantizations: Mapping[tuple[ir.Value, int], TensorQuantization],
+    quantizations: Mapping[tuple[str, int], TensorQuantization],
     observers: Mapping[str, Observer],
-    precisions: Mapping[str, Any],
+    precisions: Mapping[str, Sequence[Precision]],
     kept: Sequence[Batch],
     *,
     per_channel: bool,
     activations: bool,
     progress: ProgressCallback | None = None,
-) -> tuple[dict[tuple[ir.Value, int], TensorQuantization], dict[str, LayerChoice]]:
-    """Choose scales and bias shifts on recorded samples.
+) -> Refinement:
+    """Measure on recorded samples what candidate scales do to the output of each layer.
 
     Parameters
     ----------
@@ -274,11 +388,11 @@ def refine(
     layers
         Its layers, and whether each has a bias that can be shifted.
     quantizations
-        For each data input of a layer and its bits, what the histogram suggests.
+        For the name of each data input of a layer and its bits, what the histogram suggests.
     observers
         Value name to observer.
     precisions
-        Layer name to precision.
+        Layer name to the precisions that will be asked for.
     kept
         Samples to run, in batches that fit memory.
     per_channel
@@ -287,55 +401,46 @@ def refine(
         Whether the scales of activations are chosen here too; otherwise they stay.
     progress
         Called with the samples done and in total.
-
-    Returns
-    -------
-    quantizations
-        The activations that changed.
-    choices
-        Layer name to choice.
     """
     probes = [_Probe(node, model.opset, shiftable=yes) for node, yes in layers.items()]
-    activation_errors: dict[tuple[_Key, float], dict[str, _Error]] = {}
-    candidates: dict[_Key, list[float]] = {}
+    names = {probe: str(probe.node.name) for probe in probes}
+    found = Refinement({names[probe]: str(probe.data.name) for probe in probes}, quantizations)
+    weight_candidates: dict[tuple[str, int], list[_Candidate]] = {}
+    weight_errors: dict[tuple[str, int], list[_Error]] = {}
+    power: dict[str, list[float]] = {name: [] for name in names.values()}
     for probe in probes:
-        key = (probe.data, precisions[str(probe.node.name)].activation_bits)
-        scale = quantizations[key].scale
-        limit = max(_largest_scale(observers[str(probe.data.name)], quantizations[key]), scale)
-        parts = _ACTIVATION_PARTS if activations and key[1] < 16 else (1.0,)
-        scales = sorted({float(np.float32(min(scale * p, limit))) for p in parts})
-        candidates[key] = _plausible(scales, observers[str(probe.data.name)], quantizations[key])
-        for scale in candidates[key]:
-            activation_errors.setdefault((key, scale), {})[str(probe.node.name)] = _Error(
-                removable=probe.shiftable
-            )
-    weight_candidates = {}
-    weight_errors: dict[str, list[_Error]] = {}
-    for probe in probes:
-        name, bits = str(probe.node.name), precisions[str(probe.node.name)].weight_bits
-        if bits < 16:
-            axis = probe.axis if per_channel else None
-            weight_candidates[name] = _weight_candidates(probe.weights, axis, bits)
-            weight_errors[name] = [
-                _Error(removable=probe.shiftable) for _ in weight_candidates[name]
-            ]
+        name, data = names[probe], str(probe.data.name)
+        for bits in sorted({entry.activation_bits for entry in precisions[name]} - {16}):
+            key = (data, bits)
+            if key not in found._activations:
+                scales = _scale_candidates(observers[data], quantizations[key], several=activations)
+                found._activations[key] = {scale: {} for scale in scales}
+            for errors in found._activations[key].values():
+                errors[name] = _Error(removable=probe.shiftable)
+        axis = probe.axis if per_channel else None
+        for bits in sorted({entry.weight_bits for entry in precisions[name]} - {16}):
+            candidates = _weight_candidates(probe.weights, axis, bits)
+            weight_candidates[name, bits] = candidates
+            weight_errors[name, bits] = [_Error(removable=probe.shiftable) for _ in candidates]
 
     def measure(probe: _Probe, x: Array, y: Array) -> None:
-        name = str(probe.node.name)
-        key = (probe.data, precisions[name].activation_bits)
-        quantization = quantizations[key]
-        low = np.array(quantization.code_min - quantization.zero_point, np.float32)
-        high = np.array(quantization.code_max - quantization.zero_point, np.float32)
-        for scale in candidates[key] if key[1] < 16 else ():
-            step = np.array(scale, np.float32)
-            error = activation_errors[key, scale][name]
-            error.add(*probe.run(x, y, {"scale": step, "low": low, "high": high}))
+        name = names[probe]
+        power[name].append(float(np.square(y, dtype=np.float64).sum()) / y.size)
+        for (value, bits), candidates in found._activations.items():
+            if value != probe.data.name or name not in next(iter(candidates.values())):
+                continue
+            quantization = quantizations[value, bits]
+            low = np.array(quantization.code_min - quantization.zero_point, np.float32)
+            high = np.array(quantization.code_max - quantization.zero_point, np.float32)
+            for scale, errors in candidates.items():
+                step = np.array(scale, np.float32)
+                errors[name].add(*probe.run(x, y, {"scale": step, "low": low, "high": high}))
         axis = probe.axis if per_channel else None
-        for (codes, scales), error in zip(
-            weight_candidates.get(name, ()), weight_errors.get(name, ()), strict=True
-        ):
-            w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
-            error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
+        for key, errors_of in weight_errors.items():
+            if key[0] == name:
+                for (codes, scales), error in zip(weight_candidates[key], errors_of, strict=True):
+                    w = codes.astype(np.float32) * _expand(scales, axis, codes.ndim)
+                    error.add(*probe.run(x, y, {"w": w.astype(np.float32)}))
         probe.close()
 
     recorder = _Recorder(model, probes)
@@ -356,46 +461,26 @@ def refine(
                 progress(done, sum(entry.samples for entry in kept))
             del values, x, y, jobs  # or the next run holds two batches of activations
 
-    chosen: dict[_Key, TensorQuantization] = {}
-    for key, steps in candidates.items():
-        if key[1] < 16 and kept:
-            sums = [_total(activation_errors.get((key, step), {})) for step in steps]
-            if not np.isfinite(min(sums)):  # too large for float32: the histogram's choice stays
-                continue
-            chosen[key] = replace(quantizations[key], scale=steps[int(np.argmin(sums))])
-    choices = {}
+    axes = {names[probe]: probe.axis if per_channel else None for probe in probes}
+    for (name, bits), errors in weight_errors.items():
+        if all(e.samples and np.isfinite(e.variance).all() for e in errors):
+            best = _best_weights(weight_candidates.pop((name, bits)), errors, axes[name])
+            found._weights[name, bits] = best
+    # Errors are sums over the channels of mean squares, and so is this.
     for probe in probes:
-        name = str(probe.node.name)
-        choice = choices[name] = LayerChoice()
-        key = (probe.data, precisions[name].activation_bits)
-        shift: Array = np.zeros(())
-        if key in chosen:
-            found = activation_errors.get((key, chosen[key].scale), {}).get(name)
-            if found is not None and found.samples:
-                shift = shift - _reliable(found.mean, found.mean_variance, found.samples)
-        errors = weight_errors.get(name, [])
-        if errors and all(e.samples and np.isfinite(e.variance).all() for e in errors):
-            axis = probe.axis if per_channel else None
-            best = _best_weights(weight_candidates[name], errors, axis)
-            choice.weight_codes, choice.weight_scales, mean = best
-            shift = shift - mean
-        if shift.ndim and np.any(shift):
-            choice.bias_shift = shift.astype(np.float32)
-    return chosen, choices
+        channels = 1 if probe.axis is None else probe.weights.shape[probe.axis]
+        if power[names[probe]]:
+            found._power[names[probe]] = channels * float(np.mean(power[names[probe]]))
+    return found
 
 
-_Key = tuple[ir.Value, int]
-
-
-def _total(errors: Mapping[str, _Error]) -> float:
-    return sum(float(error.variance.sum()) for error in errors.values() if error.samples)
+def _total(errors: Sequence[_Error]) -> float:
+    return sum(float(error.variance.sum()) for error in errors if error.samples)
 
 
 def _best_weights(
-    candidates: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]],
-    errors: Sequence[_Error],
-    axis: int | None,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], Array]:
+    candidates: Sequence[_Candidate], errors: Sequence[_Error], axis: int | None
+) -> _Weights:
     """Codes and scales with the least output variance, and the mean error they leave.
 
     Each channel gets the best of its own, or all get one where there is one scale.
@@ -409,12 +494,13 @@ def _best_weights(
     mean = np.stack([error.mean for error in errors])[best, channels]
     variance = np.stack([error.mean_variance for error in errors])[best, channels]
     reliable = _reliable(mean, variance, errors[0].samples)
+    left = float(variances[best, channels].sum())
     if axis is None:
-        return *candidates[best[0]], reliable
+        return _Weights(*candidates[best[0]], reliable, left)
     scales = np.stack([entry for _, entry in candidates])[best, channels]
     stacked = np.stack([np.moveaxis(codes, axis, 0) for codes, _ in candidates])
     codes = np.moveaxis(stacked[best, channels], 0, axis)
-    return np.ascontiguousarray(codes), scales, reliable
+    return _Weights(np.ascontiguousarray(codes), scales, reliable, left)
 
 
 class _Recorder:

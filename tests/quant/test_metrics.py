@@ -1,10 +1,13 @@
-"""Metrics against NumPy, closed forms and their definitions; plug-ins."""
+"""Metrics against NumPy, closed forms, published examples and their definitions; plug-ins."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,20 @@ from hypothesis import strategies as st
 
 from bitwright.errors import DataError, UsageError
 from bitwright.quant import metrics
-from bitwright.quant.metrics import MeanSquaredError, Sqnr, Top1, Top5, get_metric, metric_names
+from bitwright.quant.metrics import (
+    Bounded,
+    MeanSquaredError,
+    Metric,
+    Perplexity,
+    PhoneErrorRate,
+    Sqnr,
+    Top1,
+    Top5,
+    TopK,
+    WordErrorRate,
+    get_metric,
+    metric_names,
+)
 from tests.quant.qdq import Array, profile
 
 
@@ -26,24 +42,70 @@ from tests.quant.qdq import Array, profile
     levels=st.integers(1, 4),
     splits=st.integers(1, 3),
 )
-def test_top1_is_argmax_and_top5_a_stable_sort(
-    seed: int, classes: int, levels: int, splits: int
-) -> None:
+def test_topk_is_a_stable_sort(seed: int, classes: int, levels: int, splits: int) -> None:
     generator = np.random.default_rng(seed)
     # Few levels make many ties, of which the first class wins.
     scores = generator.integers(0, levels, (12, classes)).astype(np.float32)
     labels = generator.integers(0, classes, 12)
-    top1, top5 = Top1(), Top5()
-    for part, wanted in zip(
-        np.array_split(scores, splits), np.array_split(labels, splits), strict=True
-    ):
-        top1.update({"scores": part}, wanted, {})
-        top5.update({"scores": part}, wanted, {})
-    assert top1.value() == pytest.approx(np.mean(scores.argmax(axis=1) == labels))
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    assert top5.value() == pytest.approx(
-        np.mean([y in row for y, row in zip(labels, best, strict=True)])
-    )
+    for k in range(1, classes + 1):
+        metric = get_metric(f"top{k}")
+        for part, wanted in zip(
+            np.array_split(scores, splits), np.array_split(labels, splits), strict=True
+        ):
+            metric.update({"scores": part}, wanted, {})
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        assert metric.value() == np.mean([y in row for y, row in zip(labels, best, strict=True)])
+
+
+def test_topk_of_more_than_all_classes() -> None:
+    scores, labels = {"scores": np.zeros((2, 12), np.float32)}, np.array([0, 11])
+    all_of_them = get_metric("top12")
+    all_of_them.update(scores, labels, {})
+    assert all_of_them.value() == 1.0
+    with pytest.raises(DataError, match="13 highest scores are asked for, and there are 12"):
+        get_metric("top13").update(scores, labels, {})
+
+
+@profile(100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    k=st.integers(1, 3),
+    samples=st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    places=st.sampled_from([(), (1,), (2,), (2, 3)]),
+)
+def test_no_continuation_exceeds_the_bound(
+    seed: int, k: int, samples: list[int], places: tuple[int, ...]
+) -> None:
+    generator = np.random.default_rng(seed)
+    metric = TopK(k)
+    assert isinstance(metric, Bounded)
+    remaining, bounds = sum(samples), []
+    for size in samples:
+        scores = generator.normal(size=(size, *places, 3)).astype(np.float32)
+        metric.update({"scores": scores}, generator.integers(0, 3, (size, *places)), {})
+        remaining -= size
+        bounds.append(metric.bound(remaining))
+    # Every batch can only take from what was possible, down to what is reached.
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == metric.value()
+
+
+@pytest.mark.parametrize("places", [(), (1,), (5,)])
+def test_the_bound_is_reached_if_all_that_comes_is_right(places: tuple[int, ...]) -> None:
+    metric = Top1()
+    assert metric.bound(7) == 1.0
+    assert math.isnan(metric.bound(0))
+    scores = np.random.default_rng(0).normal(size=(20, *places, 4))
+    right = scores.argmax(axis=-1)
+    metric.update({"scores": scores[:8]}, (right[:8] + 1) % 4, {})
+    assert metric.bound(12) == 12 / 20
+    metric.update({"scores": scores[8:]}, right[8:], {})
+    assert metric.value() == 12 / 20
+
+
+def test_only_topk_has_a_bound() -> None:
+    bounded = {name for name in metric_names() if isinstance(get_metric(name), Bounded)}
+    assert bounded == {"top1", "top5"}
 
 
 def test_top1_of_other_shapes() -> None:
@@ -129,6 +191,232 @@ def test_outputs_of_other_shapes() -> None:
         Sqnr().update({"y": np.ones((2, 1))}, None, {"y": np.ones(2)})
 
 
+# -- error rates -----------------------------------------------------------------------------------
+
+
+def edit_distance(reference: Sequence[int], hypothesis: Sequence[int]) -> int:
+    """Wagner and Fischer's table, a row at a time."""
+    row = list(range(len(hypothesis) + 1))
+    for i, token in enumerate(reference, 1):
+        before, row = row, [i]
+        for j, other in enumerate(hypothesis, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (token != other)))
+    return row[-1]
+
+
+def one_hot(classes: Sequence[Sequence[int]], count: int) -> dict[str, Array]:
+    return {"scores": np.eye(count, dtype=np.float32)[np.array(classes)]}
+
+
+def letters(*words: str) -> list[list[int]]:
+    """Letters as classes, a from 1 on; "-" is 0 and "." is -1."""
+    return [["-abcdefghijklmnopqrstuvwxyz".find(letter) for letter in word] for word in words]
+
+
+@pytest.mark.parametrize(
+    "reference, hypothesis, errors, length",
+    [
+        # Textbook pairs of the edit distance; "tt" is one run.
+        ("saturday", "sunday--", 4, 8),  # the two blanks are one phone here
+        ("kiiittenn", "siitttinn", 2, 5),
+        ("aabbcc", "aabbcc", 0, 3),
+        ("aaaa", "abab", 3, 1),  # more errors than phones
+        ("ab..", "abcd", 0, 2),  # padding
+        ("..ab", "ddab", 0, 2),
+        ("a.ab", "acab", 0, 2),  # a frame that is left out does not end a phone
+    ],
+)
+def test_phone_error_rate_by_hand(
+    reference: str, hypothesis: str, errors: int, length: int
+) -> None:
+    metric = PhoneErrorRate()
+    metric.update(one_hot(letters(hypothesis), 27), np.array(letters(reference)), {})
+    assert metric.value() == errors / length
+
+
+@pytest.mark.parametrize(
+    "path, words, errors",
+    [
+        # Graves et al., 2006: "B(a-ab-) = B(-aa--abb) = aab".
+        ("a-ab-", "aab", 0),
+        ("-aa--abb", "aab", 0),
+        # Levenshtein's textbook pairs, spelt so that repeats stay.
+        ("sit-ting", "kitten", 3),
+        ("sunday", "saturday", 3),
+        ("-----", "cat", 3),
+        ("abcde", "a", 4),
+        ("aabb-", "ab...", 0),
+    ],
+)
+def test_word_error_rate_by_hand(path: str, words: str, errors: int) -> None:
+    metric = WordErrorRate()
+    metric.update(one_hot(letters(path), 27), np.array(letters(words)), {})
+    assert metric.value() == errors / len(words.rstrip("."))
+
+
+@profile(100)
+@given(seed=st.integers(0, 2**32 - 1), classes=st.integers(2, 12), splits=st.integers(1, 3))
+def test_error_rates_are_edit_distances(seed: int, classes: int, splits: int) -> None:
+    generator = np.random.default_rng(seed)
+    scores = generator.normal(size=(6, 9, classes)).astype(np.float32)
+    best = scores.argmax(axis=-1)
+    # Often right, so that alignments matter; lengths from 0 on.
+    frames = np.where(generator.random((6, 9)) < 0.6, best, generator.integers(0, classes, (6, 9)))
+    words = generator.integers(1, classes, (6, 9))
+    padded = np.arange(9) >= generator.integers(0, 10, (6, 1))
+    padded[0] = False
+    frames[padded] = words[padded] = -1
+
+    def value(metric: Metric, labels: Array) -> float:
+        for part, wanted in zip(
+            np.array_split(scores, splits), np.array_split(labels, splits), strict=True
+        ):
+            metric.update({"scores": part}, wanted, {})
+        return metric.value()
+
+    def runs(tokens: Array) -> list[int]:
+        return [token for token, _ in groupby(tokens.tolist())]
+
+    phones = [runs(row[row >= 0]) for row in frames]
+    heard = [runs(row[: (wanted >= 0).sum()]) for row, wanted in zip(best, frames, strict=True)]
+    errors = sum(map(edit_distance, phones, heard))
+    assert value(PhoneErrorRate(), frames) == errors / sum(map(len, phones))
+
+    said = [[word for word in row.tolist() if word >= 0] for row in words]
+    heard = [[word for word in runs(row) if word != 0] for row in best]
+    errors = sum(map(edit_distance, said, heard))
+    assert value(WordErrorRate(), words) == errors / sum(map(len, said))
+
+
+def test_error_rates_are_of_the_corpus() -> None:
+    # One error in one word and none in three are one in four, not one half.
+    metric = WordErrorRate()
+    outputs = one_hot(letters("d--", "abc"), 27)
+    metric.update(outputs, np.array(letters("a..", "abc"), np.int16), {})
+    assert metric.value() == 1 / 4
+    # What is heard where nothing was said, is inserted.
+    metric.update(one_hot(letters("xyz"), 27), np.array(letters("...")), {})
+    assert metric.value() == 4 / 4
+    assert metric.unit == "fraction"
+    assert not metric.higher_is_better
+
+
+@pytest.mark.parametrize("name", ["per", "wer"])
+def test_error_rates_without_a_reference(name: str) -> None:
+    nothing = get_metric(name)
+    assert math.isnan(nothing.value())
+    nothing.update(one_hot(letters("--"), 27), np.array([[-1, -1]]), {})
+    assert math.isnan(nothing.value())
+
+
+def test_words_where_none_were_said_are_infinitely_many() -> None:
+    metric = WordErrorRate()
+    metric.update(one_hot(letters("ab"), 27), np.array([[-1]]), {})
+    assert metric.value() == math.inf
+
+
+@pytest.mark.parametrize(
+    "kind, labels, message",
+    [
+        (PhoneErrorRate, np.array([[0, 1, 3]]), "from -1 to 2"),
+        (PhoneErrorRate, np.array([[0, 1, -2]]), "from -1 to 2"),
+        (PhoneErrorRate, np.array([[0.0, 1.0, 2.0]]), "whole numbers"),
+        (PhoneErrorRate, np.array([[0, 1]]), "do not fit"),
+        (PhoneErrorRate, np.array([0, 1, 2]), "do not fit"),
+        (WordErrorRate, np.array([[1, 3]]), "from -1 to 2"),
+        (WordErrorRate, np.array([[1, -100]]), "from -1 to 2"),
+        (WordErrorRate, np.array([["one", "two"]]), "whole numbers"),
+        (WordErrorRate, np.array([[1, 0]]), "blank"),
+        (WordErrorRate, np.array([1, 2]), "do not fit"),
+        (WordErrorRate, np.array([[1], [2]]), "do not fit"),
+        (Perplexity, np.array([[0, 1, 3]]), "up to 2"),
+        (Perplexity, np.array([[0.0, 1.0, -1.0]]), "whole numbers"),
+        (Perplexity, np.array([[0, 1]]), "do not fit"),
+    ],
+)
+def test_sequences_that_do_not_fit(kind: type[Metric], labels: Array, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        kind().update({"scores": np.zeros((1, 3, 3), np.float32)}, labels, {})
+
+
+@pytest.mark.parametrize("kind", [PhoneErrorRate, WordErrorRate])
+def test_error_rates_of_outputs_without_frames(kind: type[Metric]) -> None:
+    with pytest.raises(DataError, match=r"\[4, 3\]"):
+        kind().update({"scores": np.zeros((4, 3), np.float32)}, np.array([0, 1, 1, 0]), {})
+
+
+def test_jiwer_is_loaded_where_it_is_used() -> None:
+    program = (
+        "import sys, bitwright, bitwright.cli; from bitwright.quant.metrics import get_metric; "
+        "get_metric('per'); get_metric('wer'); sys.exit('jiwer' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# -- perplexity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.0, 1e4, -1e30])
+@pytest.mark.parametrize("vocabulary", [1, 7, 50_000])
+def test_perplexity_of_a_guess_is_the_size_of_the_vocabulary(vocabulary: int, level: float) -> None:
+    metric = Perplexity()
+    logits = np.full((2, 3, vocabulary), level, np.float32)
+    metric.update({"logits": logits}, np.zeros((2, 3), np.int32), {})
+    assert metric.value() == pytest.approx(vocabulary, rel=1e-12)
+
+
+def test_perplexity_in_closed_form() -> None:
+    # Odds of 3 to 1: probabilities of 3/4 and 1/4, whose geometric mean is sqrt(3)/4.
+    logits = np.log([[1.0, 3.0], [1.0, 3.0]])
+    metric = Perplexity()
+    metric.update({"logits": logits[:1], "other": np.zeros(1)}, np.array([1]), {})
+    assert metric.value() == pytest.approx(4 / 3)
+    metric.update({"logits": logits[1:]}, np.array([0]), {})
+    assert metric.value() == pytest.approx(4 / math.sqrt(3))
+    assert (metric.unit, metric.higher_is_better, metric.needs) == ("", False, "labels")
+
+
+@profile(60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.sampled_from([0.1, 3.0, 100.0]),
+    splits=st.integers(1, 3),
+)
+def test_perplexity_is_its_formula(seed: int, scale: float, splits: int) -> None:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, scale, (5, 4, 11)).astype(np.float32)
+    labels = generator.integers(-3, 11, (5, 4))
+    labels[0, 0] = 3
+    metric = Perplexity()
+    for part, wanted in zip(
+        np.array_split(logits, splits), np.array_split(labels, splits), strict=True
+    ):
+        metric.update({"logits": part}, wanted, {})
+    wide = logits.astype(np.float64)
+    losses = [
+        np.logaddexp.reduce(wide[place]) - wide[place][token]
+        for place, token in np.ndenumerate(labels)
+        if token >= 0
+    ]
+    with np.errstate(over="ignore"):
+        assert metric.value() == pytest.approx(np.exp(np.mean(losses)))
+
+
+def test_perplexity_at_its_ends() -> None:
+    nothing = Perplexity()
+    assert math.isnan(nothing.value())
+    nothing.update({"logits": np.zeros((1, 2, 3))}, np.array([[-1, -100]]), {})
+    assert math.isnan(nothing.value())
+    logits = np.array([[0.0, 1e4], [0.0, -np.inf]])
+    sure, wrong, impossible = Perplexity(), Perplexity(), Perplexity()
+    sure.update({"logits": logits}, np.array([1, 0]), {})
+    assert sure.value() == 1.0
+    wrong.update({"logits": logits}, np.array([0, 0]), {})
+    assert wrong.value() == math.inf  # e to the 5000th
+    impossible.update({"logits": logits}, np.array([1, 1]), {})
+    assert impossible.value() == math.inf
+
+
 # -- finding metrics ------------------------------------------------------------------------------
 
 
@@ -138,8 +426,16 @@ def test_a_single_number_is_no_vector_of_scores() -> None:
 
 
 def test_own_metrics_come_by_entry_points() -> None:
-    assert {"mse", "sqnr", "top1", "top5"} <= set(metric_names())
-    kinds = {"mse": MeanSquaredError, "sqnr": Sqnr, "top1": Top1, "top5": Top5}
+    kinds = {
+        "mse": MeanSquaredError,
+        "per": PhoneErrorRate,
+        "perplexity": Perplexity,
+        "sqnr": Sqnr,
+        "top1": Top1,
+        "top5": Top5,
+        "wer": WordErrorRate,
+    }
+    assert set(kinds) <= set(metric_names())
     for name, kind in kinds.items():
         assert type(get_metric(name)) is kind
     assert (Top1.unit, Sqnr.unit, Top1.needs, Sqnr.needs) == ("fraction", "dB", "labels", "outputs")
@@ -164,10 +460,81 @@ def test_metric_by_module_and_class(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (metric.value(), metric.unit) == (3.0, "V")
 
 
+FUNCTIONS = """
+import numpy as np
+
+def worst(outputs, labels):
+    return np.abs(outputs["a"] - labels).max()
+
+def shapes(outputs, labels):
+    assert labels is None
+    return outputs["a"].size + 100 * outputs["b"].shape[0]
+
+def agreement(outputs, expected):
+    assert outputs.keys() == expected.keys() == {"a", "b"}
+    return np.mean(outputs["a"] == expected["a"])
+
+agreement.unit, agreement.higher_is_better, agreement.needs = "fraction", True, "outputs"
+
+class Callable:
+    unit = "V"
+    def __call__(self, outputs, labels):
+        return 7
+
+instance = Callable()
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "metric_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "metric_functions"
+
+
+def test_function_of_all_outputs_and_labels(functions: str) -> None:
+    metric = get_metric(f"{functions}:worst")
+    assert (metric.unit, metric.higher_is_better, metric.needs) == ("", False, "labels")
+    assert math.isnan(metric.value())
+    metric.update({"a": np.array([1.0, 3.0])}, np.array([1, 1]), {})
+    metric.update({"a": np.array([9.0])}, np.array([4]), {})
+    assert metric.value() == 5.0
+    assert type(metric.value()) is float
+    assert not isinstance(metric, Bounded)
+
+
+def test_function_of_a_model_without_batches(functions: str) -> None:
+    metric = get_metric(f"{functions}:shapes")
+    for _ in range(3):
+        metric.update({"a": np.float32(2) * np.ones(()), "b": np.zeros((2, 5))}, None, {})
+    assert metric.value() == 3 + 100 * 6
+
+
+def test_function_that_compares_with_the_float_model(functions: str) -> None:
+    metric = get_metric(f"{functions}:agreement")
+    assert (metric.unit, metric.higher_is_better, metric.needs) == ("fraction", True, "outputs")
+    for a in (1.0, 2.0, 1.0, 1.0):
+        ones = np.ones(1)
+        metric.update({"a": a * ones, "b": ones}, np.zeros(1), {"a": ones, "b": ones})
+    assert metric.value() == 0.75
+
+
+def test_whatever_can_be_called_is_a_function(functions: str) -> None:
+    metric = get_metric(f"{functions}:instance")
+    metric.update({"a": np.ones(1)}, np.ones(1), {})
+    assert (metric.value(), metric.unit) == (7.0, "V")
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
         ("no_such_metric", "no metric"),
+        ("top0", r"no metric 'top0'[^$]*top<K>"),
+        ("top03", "no metric"),
+        ("top-1", "no metric"),
+        ("top3.0", "no metric"),
+        ("top٣", "no metric"),  # a digit, and int() reads it
+        ("top" + 5000 * "9", "no metric"),
         ("no_such_module:Class", "cannot be loaded"),
         ("math:NoSuchClass", "cannot be loaded"),
         (":Class", "cannot be loaded"),
@@ -177,6 +544,7 @@ def test_metric_by_module_and_class(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("fractions:Decimal", "has no 'unit'"),
         ("broken_metric:Class", "cannot be loaded"),
         ("broken_metric_class:Class", "cannot be made"),
+        ("broken_metric_class:function", "needs 'label'"),
     ],
 )
 def test_metrics_that_cannot_be_had(
@@ -185,6 +553,8 @@ def test_metrics_that_cannot_be_had(
     (tmp_path / "broken_metric.py").write_text("1 / 0\n")
     (tmp_path / "broken_metric_class.py").write_text(
         "class Class:\n    def __init__(self, size):\n        pass\n"
+        "def function(outputs, labels): return 1.0\n"
+        "function.needs = 'label'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match=message):

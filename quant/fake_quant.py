@@ -1,0 +1,628 @@
+"""Run a float model as if it were quantized, at any precision plan, without making a model for it.
+
+One graph serves all plans. Every layer reads its weights, its bias and the parameters of the
+quantizer in front of it from inputs of the graph; everything else, also the quantizers of
+elementwise operators, is the same for all plans. What the inputs are fed is exactly what
+:func:`~bitwright.quant.quantizer.quantize_model` would have written into a QDQ model: weights
+rounded to codes and dequantized, biases at the scale of the accumulator. Quantizing commutes with
+the operators that only carry values, so it does not matter that a QDQ model has its quantizers in
+front of those. With standard operators (``blocked=False``) the outputs equal those of the QDQ model
+in onnxruntime bit for bit.
+
+The graph is cut into segments where one value alone leads on, and what comes out of a segment can
+be kept: plans that begin alike share the work of their first layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from bitwright.quant.blocked import BlockedLayout, use_blocked_convolutions
+from bitwright.quant.emit import (
+    Emitter,
+    LayerConstants,
+    TensorSummary,
+    bias_input,
+    layer_codes,
+)
+from bitwright.quant.float_ops import Array
+from bitwright.quant.graph import attribute, clamp_bounds, data_inputs, is_move, weight_input
+from bitwright.quant.observers import TensorQuantization, quantize_weights
+from bitwright.quant.quantizer import Calibration
+from bitwright.quant.refine import LayerChoice, Refinement
+from bitwright.vocabulary import Precision, PrecisionPlan
+
+__all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model"]
+
+_MAX_CODE: Final = 65535
+_SEGMENTS: Final = 8
+
+Key: TypeAlias = tuple[Hashable, int, tuple[Precision, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Names of the graph inputs through which one layer is given a precision.
+
+    Attributes
+    ----------
+    weights, bias
+        float32, dequantized; ``bias`` is None where the layer can have none that is constant.
+    scale, zero_point
+        Of the quantizer, float32 and uint16.
+    low, high
+        float32 bounds of what is quantized; None where the codes of uint16 saturate by themselves,
+        as no value is negative.
+    layout
+        How weights and bias lie in memory; None as in the model.
+    """
+
+    layer: str
+    weights: str
+    bias: str | None
+    scale: str
+    zero_point: str
+    low: str | None
+    high: str | None
+    layout: BlockedLayout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A part of the graph between two cuts; ``slots`` are those of its layers."""
+
+    model: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeQuantModel:
+    """All that :class:`FakeQuant` needs; can be sent to another process.
+
+    Attributes
+    ----------
+    segments
+        Parts of the graph, in order of execution.
+    outputs
+        Names of the model's outputs.
+    constants
+        Layer name to its float constants.
+    data
+        Layer name to the name of its data input.
+    quantizations, refinement, per_channel
+        As in :class:`~bitwright.quant.quantizer.Calibration`.
+    notes
+        What is different from what was asked for.
+    """
+
+    segments: tuple[_Segment, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, LayerConstants]
+    data: Mapping[str, str]
+    quantizations: Mapping[tuple[str, int], TensorQuantization]
+    refinement: Refinement | None
+    per_channel: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in order of execution."""
+        return tuple(slot.layer for segment in self.segments for slot in segment.slots)
+
+
+def fake_quant_model(
+    found: Calibration, plan: PrecisionPlan, *, blocked: bool = True, segments: int = _SEGMENTS
+) -> FakeQuantModel:
+    """Build the graph that serves all plans; the calibrated model is consumed.
+
+    Parameters
+    ----------
+    found
+        What :func:`~bitwright.quant.quantizer.calibrate_model` found.
+    plan
+        Any plan, for its elementwise bits.
+    blocked
+        Whether convolutions may run in onnxruntime's blocked memory layout, as they do in its
+        optimised float models: two to three times faster, with sums in another order, so that a
+        code in ten thousand or so comes out next to where it would be.
+    segments
+        At most so many parts.
+    """
+    graph, placement = found.model.graph, found.placement
+    constants = {
+        str(node.name): LayerConstants.of(node, placement)
+        for node in graph
+        if node in placement.layers
+    }
+    data = {
+        str(node.name): str(placement.layer_input(node).name)
+        for node in graph
+        if node in placement.layers
+    }
+    chosen = {
+        (value, bits): TensorSummary(
+            str(value.name), found.quantizations[str(value.name), bits], 0.0, 0.0, 0.0
+        )
+        for value, bits in placement.wanted(plan)
+    }
+    emitter = _SlotEmitter(graph, placement, plan, chosen, {}, found.per_channel)
+    emitter.run()
+    RemoveUnusedNodesPass()(found.model.ir)
+    NameFixPass()(found.model.ir)
+    # uint16 quantizers need operator set 21, which is the least that models are loaded with.
+    found.model.ir.ir_version = max(found.model.ir.ir_version, 10)
+    slots = [values.slot() for values in emitter.slots]
+    proto = found.model.to_proto()
+    notes: list[str] = []
+    parts = []
+    for part in _split(proto, slots, segments):
+        convolves = any(constants[slot.layer].weights.ndim == 4 for slot in part.slots)
+        parts.append(_blocked(part, constants, notes) if blocked and convolves else part)
+    return FakeQuantModel(
+        tuple(parts),
+        tuple(value.name for value in proto.graph.output),
+        constants,
+        data,
+        found.quantizations,
+        found.refinement,
+        found.per_channel,
+        tuple(notes),
+    )
+
+
+@dataclass(slots=True)
+class _SlotValues:
+    """The graph inputs of a layer, while names may still change."""
+
+    layer: str
+    weights: ir.Value
+    bias: ir.Value | None
+    scale: ir.Value
+    zero_point: ir.Value
+    low: ir.Value | None
+    high: ir.Value | None
+
+    def slot(self) -> Slot:
+        def name(value: ir.Value | None) -> str | None:
+            return None if value is None else str(value.name)
+
+        return Slot(
+            self.layer,
+            str(self.weights.name),
+            name(self.bias),
+            str(self.scale.name),
+            str(self.zero_point.name),
+            name(self.low),
+            name(self.high),
+        )
+
+
+class _SlotEmitter(Emitter):
+    """Writes elementwise quantizers as ever, and for layers graph inputs instead of constants."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slots: list[_SlotValues] = []
+
+    def _layer(self, node: ir.Node) -> None:
+        index = weight_input(node)
+        assert index is not None
+        name = str(node.name)
+        source = LayerConstants.of(node, self._placement)
+
+        def parameter(kind: str, dtype: ir.DataType, shape: tuple[int, ...] = ()) -> ir.Value:
+            value = ir.Value(
+                name=f"bitwright/{name}/{kind}", type=ir.TensorType(dtype), shape=ir.Shape(shape)
+            )
+            self._graph.inputs.append(value)
+            return value
+
+        value = self._placement.layer_input(node)
+        signed = not _is_positive(value)
+        values = _SlotValues(
+            name,
+            parameter("weights", ir.DataType.FLOAT, source.weights.shape),
+            None,
+            parameter("scale", ir.DataType.FLOAT),
+            parameter("zero_point", ir.DataType.UINT16),
+            parameter("low", ir.DataType.FLOAT) if signed else None,
+            parameter("high", ir.DataType.FLOAT) if signed else None,
+        )
+        # In front of a Pad, as onnxruntime makes one with the convolution behind it.
+        user, position = node, 1 - index
+        producer = value.producer()
+        while producer is not None and producer.op_type == "Pad" and is_move(producer):
+            above = producer.inputs[0]
+            if len(value.uses()) > 1 or value.is_graph_output() or above is None:
+                break
+            user, position, value, producer = producer, 0, above, above.producer()
+        operand = value
+        if values.low is not None:
+            clip = ir.node("Clip", [operand, values.low, values.high])
+            operand = self._append(user, clip, value, f"{name}/clipped", ir.DataType.FLOAT)
+        parameters = [values.scale, values.zero_point]
+        codes = self._append(
+            user,
+            ir.node("QuantizeLinear", [operand, *parameters]),
+            value,
+            f"{name}/codes",
+            ir.DataType.UINT16,
+        )
+        result = self._append(
+            user,
+            ir.node("DequantizeLinear", [codes, *parameters]),
+            value,
+            f"{name}/dequantized",
+            ir.DataType.FLOAT,
+        )
+        user.replace_input_with(position, result)
+        node.replace_input_with(index, values.weights)
+        if source.bias is not None or source.shiftable:
+            user, position = bias_input(node, self._placement)
+            values.bias = parameter("bias", ir.DataType.FLOAT, _bias_shape(source))
+            if len(user.inputs) <= position:
+                user.resize_inputs(position + 1)
+            user.replace_input_with(position, values.bias)
+        self.slots.append(values)
+
+    def _append(
+        self, user: ir.Node, node: ir.Node, like: ir.Value, name: str, dtype: ir.DataType
+    ) -> ir.Value:
+        result = node.outputs[0]
+        result.name, result.shape, result.type = name, like.shape, ir.TensorType(dtype)
+        self._graph.insert_before(user, node)
+        return result
+
+
+def _bias_shape(source: LayerConstants) -> tuple[int, ...]:
+    if source.bias is not None:
+        return source.bias.shape
+    return (1 if source.axis is None else source.weights.shape[source.axis],)
+
+
+def _is_positive(value: ir.Value | None) -> bool:
+    """Whether the graph itself shows that no element is negative."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return False
+    bounds = clamp_bounds(node)
+    if bounds is not None:
+        return bounds[0] >= 0.0
+    if node.op_type == "Pad" and attribute(node, "mode", "constant") != "constant":
+        return _is_positive(node.inputs[0])
+    return is_move(node) and all(_is_positive(node.inputs[index]) for index in data_inputs(node))
+
+
+# -- segments ----------------------------------------------------------------------------------
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Values that a node reads, those of its bodies included."""
+    names = {name for name in node.input if name}
+    for entry in node.attribute:
+        for graph in (*((entry.g,) if entry.HasField("g") else ()), *entry.graphs):
+            inner = {name for value in graph.node for name in _reads(value)}
+            names |= inner | {value.name for value in graph.output}
+    return names
+
+
+def _split(proto: onnx.ModelProto, slots: Sequence[Slot], count: int) -> list[_Segment]:
+    """Cut a graph where one value alone leads on, into about equally many layers each."""
+    graph = proto.graph
+    nodes = list(graph.node)
+    reads = [_reads(node) for node in nodes]
+    parameters = {
+        name
+        for s in slots
+        for name in (s.weights, s.bias, s.scale, s.zero_point, s.low, s.high)
+        if name
+    }
+    fed = [value.name for value in graph.input if value.name not in parameters]
+    constant = {tensor.name for tensor in graph.initializer} | parameters
+    last: dict[str, int] = {}
+    for number, names in enumerate(reads):
+        for name in names - constant:
+            last[name] = number
+    outputs = [value.name for value in graph.output]
+    for name in outputs:
+        last[name] = len(nodes)
+    layer_at = {slot.weights: slot.layer for slot in slots}
+    # Before which nodes a single value leads on. Inputs of the model are always at hand.
+    live: set[str] = set()
+    cuts: list[tuple[int, int]] = []  # number of layers so far, node
+    layers = 0
+    unread = {slot.layer: set(parameters_of(slot)) for slot in slots}
+    whole = {name: set(entry) for name, entry in unread.items()}
+    for number, node in enumerate(nodes):
+        before = {name for name in live if name not in fed}
+        begun = any(entry and entry != whole[name] for name, entry in unread.items())
+        if layers and len(before) == 1 and not begun and not before & set(outputs):
+            if cuts and cuts[-1][0] == layers:
+                cuts.pop()  # later is better: behind pooling, values are fewer
+            cuts.append((layers, number))
+        for name, entry in unread.items():
+            entry -= reads[number]
+        layers += any(name in layer_at for name in reads[number])
+        live |= {name for name in node.output if last.get(name, -1) > number}
+        live = {name for name in live if last[name] > number}
+    cuts = [cut for cut in cuts if cut[0] < layers]
+    wanted = [layers * part / count for part in range(1, count)]
+    chosen = sorted({min(cuts, key=lambda c: abs(c[0] - w))[1] for w in wanted}) if cuts else []
+    types = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    segments = []
+    for start, end in itertools.pairwise([0, *chosen, len(nodes)]):
+        inside = nodes[start:end]
+        read = set().union(*reads[start:end])
+        made = {name for node in inside for name in node.output if name}
+        entering = sorted(name for name in read - made - constant)
+        leaving = [name for name in sorted(made) if last.get(name, -1) >= end or name in outputs]
+        own = tuple(slot for slot in slots if slot.weights in read)
+        names = [name for slot in slots for name in parameters_of(slot) if name in read]
+        part = onnx.helper.make_graph(
+            inside,
+            f"{graph.name}_{len(segments)}",
+            [types[name] for name in [*entering, *names]],
+            [types.get(name) or onnx.ValueInfoProto(name=name) for name in leaving],
+            [initializers[name] for name in sorted(read & set(initializers))],
+            value_info=[v for v in graph.value_info if v.name in made and v.name not in leaving],
+        )
+        model = onnx.helper.make_model(
+            part,
+            opset_imports=proto.opset_import,
+            ir_version=proto.ir_version,
+            functions=proto.functions,
+        )
+        segments.append(_Segment(model.SerializeToString(), tuple(entering), tuple(leaving), own))
+    return segments
+
+
+def parameters_of(slot: Slot) -> list[str]:
+    """Names of all inputs of a slot."""
+    names = (slot.weights, slot.bias, slot.scale, slot.zero_point, slot.low, slot.high)
+    return [name for name in names if name is not None]
+
+
+def _blocked(
+    segment: _Segment, constants: Mapping[str, LayerConstants], notes: list[str]
+) -> _Segment:
+    weights = {slot.weights: constants[slot.layer].weights for slot in segment.slots}
+    biases = {
+        slot.weights: (slot.bias, np.zeros(_bias_shape(constants[slot.layer]), np.float32))
+        for slot in segment.slots
+        if slot.bias is not None
+    }
+    changed = use_blocked_convolutions(segment.model, weights, biases)
+    if changed is None:
+        names = ", ".join(slot.layer for slot in segment.slots)
+        notes.append(f"onnxruntime's blocked layout is not used for {names}")
+        return segment
+    model, layouts = changed
+    slots = tuple(replace(slot, layout=layouts.get(slot.weights)) for slot in segment.slots)
+    return replace(segment, model=model, slots=slots)
+
+
+# -- running -----------------------------------------------------------------------------------
+
+
+def _ort_value(array: npt.ArrayLike, dtype: npt.DTypeLike) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.array(array, dtype))
+
+
+@dataclass(slots=True)
+class _Runner:
+    """The session of one segment."""
+
+    segment: _Segment
+    session: ort.InferenceSession
+    binding: Any
+    precisions: list[Precision | None] = field(default_factory=list)
+
+
+class FakeQuant:
+    """Runs a model at one plan after another.
+
+    Not safe to use from several threads at once.
+
+    Parameters
+    ----------
+    model
+        What :func:`fake_quant_model` built.
+    reuse_bytes
+        How much of what comes out of segments is kept, for plans that begin alike.
+    """
+
+    def __init__(self, model: FakeQuantModel, *, reuse_bytes: int = 256 << 20) -> None:
+        self.model = model
+        self._reuse_bytes = reuse_bytes
+        self._runners = []
+        for segment in model.segments:
+            session = _session(segment.model)
+            self._runners.append(
+                _Runner(segment, session, session.io_binding(), [None] * len(segment.slots))
+            )
+        # Layers that share a data input share its scale where their bits are equal.
+        self._groups: dict[str, tuple[str, ...]] = {}
+        for name in model.layers:
+            data = model.data[name]
+            self._groups[data] = (*self._groups.get(data, ()), name)
+        self._slots = {slot.layer: slot for seg in model.segments for slot in seg.slots}
+        self._weights: dict[tuple[str, int], ort.OrtValue] = {}
+        self._codes: dict[tuple[str, int], tuple[Array, npt.NDArray[np.float32]]] = {}
+        self._parameters: dict[
+            tuple[str, tuple[Precision, ...]], dict[str, dict[str, ort.OrtValue]]
+        ] = {}
+        self._plan: tuple[Precision, ...] = ()
+        self._kept: OrderedDict[Key, dict[str, ort.OrtValue]] = OrderedDict()
+        self._kept_bytes = 0
+
+    def use(self, plan: Mapping[str, Precision]) -> None:
+        """Set the precision of every layer."""
+        shared: dict[str, dict[str, ort.OrtValue]] = {}
+        for data, names in self._groups.items():
+            shared.update(self._parameters_of(data, names, tuple(plan[n] for n in names)))
+        for runner in self._runners:
+            for number, slot in enumerate(runner.segment.slots):
+                # Where layers share an input, the precision of another can change the scale.
+                alone = len(self._groups[self.model.data[slot.layer]]) == 1
+                if alone and runner.precisions[number] == plan[slot.layer]:
+                    continue
+                runner.precisions[number] = plan[slot.layer]
+                for name, value in shared[slot.layer].items():
+                    runner.binding.bind_ortvalue_input(name, value)
+        self._plan = tuple(plan[name] for name in self.model.layers)
+
+    def run(self, inputs: Mapping[str, ort.OrtValue], key: Hashable = None) -> dict[str, Array]:
+        """Compute the model's outputs.
+
+        Parameters
+        ----------
+        inputs
+            One value an input of the model.
+        key
+            Names this batch of data: what segments give is kept under it. None keeps nothing.
+        """
+        keys: list[Key] = []
+        depth = 0
+        for runner in self._runners:
+            depth += len(runner.segment.slots)
+            keys.append((key, len(keys), self._key_of(depth)))
+        values: dict[str, ort.OrtValue] = dict(inputs)
+        start = 0
+        if key is not None:
+            for number in range(len(keys) - 2, -1, -1):
+                if (kept := self._kept.get(keys[number])) is not None:
+                    self._kept.move_to_end(keys[number])
+                    values.update(kept)
+                    start = number + 1
+                    break
+        for number in range(start, len(self._runners)):
+            runner = self._runners[number]
+            for name in runner.segment.inputs:
+                runner.binding.bind_ortvalue_input(name, values[name])
+            for name in runner.segment.outputs:
+                runner.binding.bind_output(name)
+            runner.session.run_with_iobinding(runner.binding)
+            made = dict(zip(runner.segment.outputs, runner.binding.get_outputs(), strict=True))
+            values.update(made)
+            if key is not None and number < len(self._runners) - 1:
+                early = {n: values[n] for n in self.model.outputs if n in values}
+                self._keep(keys[number], {**early, **made})
+        return {name: values[name].numpy() for name in self.model.outputs}
+
+    def _key_of(self, depth: int) -> tuple[Precision, ...]:
+        return self._plan[:depth]
+
+    def _keep(self, key: Key, values: dict[str, ort.OrtValue]) -> None:
+        size = sum(_bytes(value) for value in values.values())
+        if size > self._reuse_bytes:
+            return
+        self._kept[key] = values
+        self._kept_bytes += size
+        while self._kept_bytes > self._reuse_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= sum(_bytes(value) for value in oldest.values())
+
+    def _parameters_of(
+        self, data: str, names: tuple[str, ...], precisions: tuple[Precision, ...]
+    ) -> dict[str, dict[str, ort.OrtValue]]:
+        found = self._parameters.get((data, precisions))
+        if found is None:
+            found = self._make_parameters(dict(zip(names, precisions, strict=True)))
+            self._parameters[data, precisions] = found
+        return found
+
+    def _make_parameters(
+        self, precisions: Mapping[str, Precision]
+    ) -> dict[str, dict[str, ort.OrtValue]]:
+        """What the slots of layers that share a data input are fed."""
+        model = self.model
+        choices: dict[str, LayerChoice] = {}
+        refined: dict[tuple[str, int], TensorQuantization] = {}
+        if model.refinement is not None:
+            refined, choices = model.refinement.choose(precisions)
+        result = {}
+        for name, precision in precisions.items():
+            key = (model.data[name], precision.activation_bits)
+            quantization = refined.get(key, model.quantizations[key])
+            base = self._base_codes(name, precision.weight_bits, choices.get(name))
+            choice = replace(choices.get(name, LayerChoice()))
+            choice.weight_codes, choice.weight_scales = base
+            codes = layer_codes(
+                model.constants[name],
+                precision,
+                quantization.scale,
+                choice,
+                per_channel=model.per_channel,
+            )
+            slot = self._slots[name]
+            own = codes.weight_scales is not base[1]
+            weights = None if own else self._weights.get((name, precision.weight_bits))
+            if weights is None:
+                array = codes.dequantized_weights()
+                if slot.layout is not None:
+                    array = slot.layout.weights(array)
+                weights = _ort_value(array, np.float32)
+                if not own:
+                    self._weights[name, precision.weight_bits] = weights
+            feed = {slot.weights: weights}
+            if slot.bias is not None:
+                bias = codes.dequantized_bias()
+                if bias is None:
+                    bias = np.zeros(_bias_shape(model.constants[name]), np.float32)
+                if slot.layout is not None:
+                    bias = slot.layout.bias(bias)
+                feed[slot.bias] = _ort_value(bias, np.float32)
+            low = quantization.code_min - quantization.zero_point
+            high = quantization.code_max - quantization.zero_point
+            scale = np.float32(quantization.scale)
+            feed[slot.scale] = _ort_value(scale, np.float32)
+            if slot.low is not None and slot.high is not None:
+                feed[slot.low] = _ort_value(np.float32(low) * scale, np.float32)
+                feed[slot.high] = _ort_value(np.float32(high) * scale, np.float32)
+                feed[slot.zero_point] = _ort_value(-low, np.uint16)
+            else:
+                feed[slot.zero_point] = _ort_value(_MAX_CODE - high, np.uint16)
+            result[name] = feed
+        return result
+
+    def _base_codes(
+        self, name: str, bits: int, choice: LayerChoice | None
+    ) -> tuple[Array, npt.NDArray[np.float32]]:
+        """Codes and scales of weights as they are for all activation bits."""
+        if choice is not None and choice.weight_codes is not None:
+            assert choice.weight_scales is not None
+            return choice.weight_codes, choice.weight_scales
+        if (name, bits) not in self._codes:
+            layer = self.model.constants[name]
+            axis = layer.axis if self.model.per_channel else None
+            codes, scales = quantize_weights(layer.weights, bits, axis=axis)
+            self._codes[name, bits] = codes.astype(np.int16), scales
+        return self._codes[name, bits]
+
+
+def _bytes(value: ort.OrtValue) -> int:
+    return int(np.prod(value.shape(), dtype=np.int64)) * 4
+
+
+def _session(model: bytes) -> ort.InferenceSession:
+    """A session with one thread, in which quantizers and the layout stay as they are."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
