@@ -16,6 +16,7 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RunError",
+    "StudyError",
     "UsageError",
     "first_line",
 ]
@@ -83,6 +84,10 @@ class DataError(BitwrightError):
 
 class OutputError(BitwrightError):
     """A result cannot be written: it exists already, or the disk refuses."""
+
+
+class StudyError(BitwrightError):
+    """A study is damaged, in use, of another version, or does not hold what is asked for."""
 
 
 class Interrupted(BitwrightError):

@@ -124,7 +124,12 @@ class FakeQuantModel:
 
 
 def fake_quant_model(
-    found: Calibration, plan: PrecisionPlan, *, blocked: bool = True, segments: int = _SEGMENTS
+    found: Calibration,
+    plan: PrecisionPlan,
+    *,
+    work: Mapping[str, float] | None = None,
+    blocked: bool = True,
+    segments: int = _SEGMENTS,
 ) -> FakeQuantModel:
     """Build the graph that serves all plans; the calibrated model is consumed.
 
@@ -134,6 +139,9 @@ def fake_quant_model(
         What :func:`~bitwright.quant.quantizer.calibrate_model` found.
     plan
         Any plan, for its elementwise bits.
+    work
+        Layer name to the work it is, for example its multiply-accumulates, so that segments are
+        about equal; by default layers count alike.
     blocked
         Whether convolutions may run in onnxruntime's blocked memory layout, as they do in its
         optimised float models: two to three times faster, with sums in another order, so that a
@@ -168,7 +176,7 @@ def fake_quant_model(
     proto = found.model.to_proto()
     notes: list[str] = []
     parts = []
-    for part in _split(proto, slots, segments):
+    for part in _split(proto, slots, work or dict.fromkeys(constants, 1.0), segments):
         convolves = any(constants[slot.layer].weights.ndim == 4 for slot in part.slots)
         parts.append(_blocked(part, constants, notes) if blocked and convolves else part)
     return FakeQuantModel(
@@ -319,8 +327,10 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-def _split(proto: onnx.ModelProto, slots: Sequence[Slot], count: int) -> list[_Segment]:
-    """Cut a graph where one value alone leads on, into about equally many layers each."""
+def _split(
+    proto: onnx.ModelProto, slots: Sequence[Slot], work: Mapping[str, float], count: int
+) -> list[_Segment]:
+    """Cut a graph where one value alone leads on, into parts of about equal work."""
     graph = proto.graph
     nodes = list(graph.node)
     reads = [_reads(node) for node in nodes]
@@ -342,28 +352,32 @@ def _split(proto: onnx.ModelProto, slots: Sequence[Slot], count: int) -> list[_S
     layer_at = {slot.weights: slot.layer for slot in slots}
     # Before which nodes a single value leads on. Inputs of the model are always at hand.
     live: set[str] = set()
-    cuts: list[tuple[int, int]] = []  # number of layers so far, node
-    layers = 0
+    cuts: list[tuple[float, int]] = []  # work so far, node
+    types = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
+    done, total = 0.0, sum(work[slot.layer] for slot in slots)
     unread = {slot.layer: set(parameters_of(slot)) for slot in slots}
     whole = {name: set(entry) for name, entry in unread.items()}
     for number, node in enumerate(nodes):
         before = {name for name in live if name not in fed}
         begun = any(entry and entry != whole[name] for name, entry in unread.items())
-        if layers and len(before) == 1 and not begun and not before & set(outputs):
-            if cuts and cuts[-1][0] == layers:
+        if (
+            0.0 < done < total
+            and len(before) == 1
+            and not begun
+            and before <= set(types) - set(outputs)
+        ):
+            if cuts and cuts[-1][0] == done:
                 cuts.pop()  # later is better: behind pooling, values are fewer
-            cuts.append((layers, number))
-        for name, entry in unread.items():
-            entry -= reads[number]
-        layers += any(name in layer_at for name in reads[number])
+            cuts.append((done, number))
+        for entry in unread.values():
+            entry.difference_update(reads[number])
+        done += sum(work[layer_at[name]] for name in reads[number] & set(layer_at))
         live |= {name for name in node.output if last.get(name, -1) > number}
         live = {name for name in live if last[name] > number}
-    cuts = [cut for cut in cuts if cut[0] < layers]
-    wanted = [layers * part / count for part in range(1, count)]
+    wanted = [total * part / count for part in range(1, count)]
     chosen = sorted({min(cuts, key=lambda c: abs(c[0] - w))[1] for w in wanted}) if cuts else []
-    types = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    segments = []
+    segments: list[_Segment] = []
     for start, end in itertools.pairwise([0, *chosen, len(nodes)]):
         inside = nodes[start:end]
         read = set().union(*reads[start:end])
@@ -371,11 +385,11 @@ def _split(proto: onnx.ModelProto, slots: Sequence[Slot], count: int) -> list[_S
         entering = sorted(name for name in read - made - constant)
         leaving = [name for name in sorted(made) if last.get(name, -1) >= end or name in outputs]
         own = tuple(slot for slot in slots if slot.weights in read)
-        names = [name for slot in slots for name in parameters_of(slot) if name in read]
+        fitting = [name for slot in slots for name in parameters_of(slot) if name in read]
         part = onnx.helper.make_graph(
             inside,
             f"{graph.name}_{len(segments)}",
-            [types[name] for name in [*entering, *names]],
+            [types[name] for name in [*entering, *fitting]],
             [types.get(name) or onnx.ValueInfoProto(name=name) for name in leaving],
             [initializers[name] for name in sorted(read & set(initializers))],
             value_info=[v for v in graph.value_info if v.name in made and v.name not in leaving],
@@ -499,7 +513,7 @@ class FakeQuant:
         depth = 0
         for runner in self._runners:
             depth += len(runner.segment.slots)
-            keys.append((key, len(keys), self._key_of(depth)))
+            keys.append((key, len(keys), self._plan[:depth]))
         values: dict[str, ort.OrtValue] = dict(inputs)
         start = 0
         if key is not None:
@@ -523,8 +537,10 @@ class FakeQuant:
                 self._keep(keys[number], {**early, **made})
         return {name: values[name].numpy() for name in self.model.outputs}
 
-    def _key_of(self, depth: int) -> tuple[Precision, ...]:
-        return self._plan[:depth]
+    def forget(self) -> None:
+        """Let go of what is kept for plans that begin alike."""
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def _keep(self, key: Key, values: dict[str, ort.OrtValue]) -> None:
         size = sum(_bytes(value) for value in values.values())

@@ -462,9 +462,9 @@ def measure_errors(
             del values, x, y, jobs  # or the next run holds two batches of activations
 
     axes = {names[probe]: probe.axis if per_channel else None for probe in probes}
-    for (name, bits), errors in weight_errors.items():
-        if all(e.samples and np.isfinite(e.variance).all() for e in errors):
-            best = _best_weights(weight_candidates.pop((name, bits)), errors, axes[name])
+    for (name, bits), entries in weight_errors.items():
+        if all(e.samples and np.isfinite(e.variance).all() for e in entries):
+            best = _best_weights(weight_candidates.pop((name, bits)), entries, axes[name])
             found._weights[name, bits] = best
     # Errors are sums over the channels of mean squares, and so is this.
     for probe in probes:
@@ -496,7 +496,8 @@ def _best_weights(
     reliable = _reliable(mean, variance, errors[0].samples)
     left = float(variances[best, channels].sum())
     if axis is None:
-        return _Weights(*candidates[best[0]], reliable, left)
+        codes, scales = candidates[best[0]]
+        return _Weights(codes, scales, reliable, left)
     scales = np.stack([entry for _, entry in candidates])[best, channels]
     stacked = np.stack([np.moveaxis(codes, axis, 0) for codes, _ in candidates])
     codes = np.moveaxis(stacked[best, channels], 0, axis)

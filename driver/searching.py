@@ -1,0 +1,1298 @@
+"""``bitwright search``, ``front`` and ``sensitivity``: precisions found, not chosen by hand."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from bitwright import targets
+from bitwright.artifact import sha256
+from bitwright.costing import sized_layers
+from bitwright.errors import (
+    DataError,
+    Interrupted,
+    ModelError,
+    StudyError,
+    UsageError,
+)
+from bitwright.files import check_writable, write_atomically
+from bitwright.inspection import shape_option
+from bitwright.quant.load import Model, load
+from bitwright.quant.metrics import get_metric
+from bitwright.quant.observers import ClipMethod
+from bitwright.quant.samples import Samples
+from bitwright.search.algorithm import Algorithm, Exhaustive, Nsga2, RandomSearch
+from bitwright.search.engine import (
+    Engine,
+    SearchProgress,
+    Stops,
+    guided_start,
+    narrowest_and_widest,
+)
+from bitwright.search.evaluator import (
+    EvaluationJob,
+    PostTraining,
+    QuantizationOptions,
+    Result,
+    job_for,
+    job_on,
+)
+from bitwright.search.objectives import GAINS, Costs, ErrorScale, parse_constraint
+from bitwright.search.problem import Problem, references
+from bitwright.search.settings import (
+    DataFile,
+    SearchSettings,
+    StudyFacts,
+    make_problem,
+    problem_of,
+    settings_of,
+)
+from bitwright.search.space import Plan, Space, make_space
+from bitwright.search.study import (
+    Evaluation,
+    Generation,
+    Study,
+    check_new,
+    plan_text,
+)
+from bitwright.search.workers import open_pool
+from bitwright.targets import Accelerator
+from bitwright.targets.cost_table import cache_file, cost_table
+from bitwright.vocabulary import Layer, Precision, PrecisionPlan
+
+__all__ = [
+    "Front",
+    "Point",
+    "Search",
+    "Sensitivity",
+    "front",
+    "plan_of_study",
+    "quantization_of_study",
+    "search",
+    "sensitivity",
+]
+
+Algorithms: TypeAlias = Literal["auto", "nsga2", "exhaustive", "random"]
+
+_VERSIONS: Final = ("bitwright", "numpy", "onnx", "onnxruntime", "pymoo")
+_REUSE_BYTES: Final = 256 << 20
+_NOTHING: Final = Result("skipped", None)
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One plan of a study, as people read it.
+
+    Attributes
+    ----------
+    number
+        Its number in the study; ``DIR#number`` names the plan.
+    plan
+        The precision of every layer, in the order of the layers.
+    status
+        ``ok``, ``stopped``, ``skipped`` or ``failed``.
+    values
+        Objective name to value, in its unit; NaN where there is none.
+    gains
+        All gains of the hardware that the target's cost model defines.
+    overall_error
+        Error over all validation samples that were run, as shown.
+    test_error
+        Error on the test data, as shown; None without.
+    origin
+        ``baseline``, ``start`` or ``search``.
+    message
+        Why it failed.
+    """
+
+    number: int
+    plan: Plan
+    status: str
+    values: Mapping[str, float]
+    gains: Mapping[str, float]
+    overall_error: float | None
+    test_error: float | None
+    origin: str
+    message: str = ""
+
+    def to_dict(self, layers: Sequence[str]) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+
+        def number(value: float | None) -> float | None:
+            return None if value is None or math.isnan(value) else value
+
+        return {
+            "number": self.number,
+            "status": self.status,
+            "objectives": {name: number(value) for name, value in self.values.items()},
+            "gains": dict(self.gains),
+            "overall_error": number(self.overall_error),
+            "test_error": number(self.test_error),
+            "origin": self.origin,
+            "message": self.message,
+            "plan": {name: str(p) for name, p in zip(layers, self.plan, strict=True)},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """A study as it stands: its front, and what it is compared with.
+
+    Attributes
+    ----------
+    folder
+        The study.
+    settings, facts
+        What was asked for, and what was found before the first evaluation.
+    problem
+        Objectives and constraints.
+    points
+        The front: plans that meet all constraints and that no other beats, by error.
+    baselines
+        Uniform plans, and those with fewest and most bits.
+    evaluations
+        Number of evaluations by status.
+    hypervolume
+        Of the front, 0 to 1.
+    generations
+        The course of the search.
+    float_test_error
+        Of the float model on the test data, as shown; None without.
+    """
+
+    folder: Path
+    settings: SearchSettings
+    facts: StudyFacts
+    problem: Problem
+    points: tuple[Point, ...]
+    baselines: tuple[Point, ...]
+    evaluations: Mapping[str, int]
+    hypervolume: float
+    generations: tuple[Generation, ...]
+    float_test_error: float | None
+
+    @property
+    def float_error(self) -> float:
+        """Of the float model on the validation data, as shown."""
+        return self.problem.scale.shown(self.problem.float_error)
+
+    def best(self, constraints: Iterable[str] = (), by: str | None = None) -> Point:
+        """Pick a point.
+
+        Parameters
+        ----------
+        constraints
+            Limits, as for the search; a point has to meet all.
+        by
+            The objective that is to be best; by default the first that is not the error. Of
+            points that are equal in it, the one with the least error.
+
+        Raises
+        ------
+        UsageError
+            If there is no such objective, or no point meets the limits; the message says how
+            close one gets.
+        """
+        scale, problem = self.problem.scale, self.problem
+        parsed = [parse_constraint(text, scale) for text in constraints]
+        names = [objective.name for objective in problem.objectives]
+        wanted = by or next(name for name in names if name != scale.name)
+        wanted = scale.name if wanted == "error" else wanted
+        if wanted not in names:
+            raise UsageError(
+                f"the study has no objective {wanted!r}",
+                where="--by",
+                fix=f"choose one of {', '.join(names)}",
+            )
+        if not self.points:
+            raise _nobody(self)
+
+        def value(point: Point, name: str) -> float:
+            return point.values[name] if name in point.values else point.gains.get(name, math.nan)
+
+        def worst(point: Point) -> float:
+            base = self.float_error
+            return max((c.violation(value(point, c.name), base) for c in parsed), default=0.0)
+
+        good = [point for point in self.points if worst(point) <= 1e-12]
+        if not good:
+            near = min(self.points, key=worst)
+            shown = ", ".join(
+                f"{c.name} {value(near, c.name):.6g}" for c in {c.name: c for c in parsed}.values()
+            )
+            raise UsageError(
+                f"no plan of the front meets {' and '.join(c.text for c in parsed)}",
+                where=str(self.folder),
+                fix=f"the closest is #{near.number}: {shown}",
+            )
+        chosen = next(o for o in problem.objectives if o.name == wanted)
+        error = next((o for o in problem.objectives if o.name == scale.name), None)
+
+        def rank(point: Point) -> tuple[float, float]:
+            second = 0.0 if error is None else error.cost(point.values[error.name])
+            return chosen.cost(point.values[wanted]), second
+
+        return min(good, key=rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        layers = self.facts.layers
+        return {
+            "folder": str(self.folder),
+            "target": self.facts.target,
+            "objectives": [objective.to_dict() for objective in self.problem.objectives],
+            "constraints": list(self.settings.constraints),
+            "float_error": self.float_error,
+            "float_test_error": self.float_test_error,
+            "samples": self.facts.samples,
+            "layers": list(layers),
+            "front": [point.to_dict(layers) for point in self.points],
+            "baselines": [point.to_dict(layers) for point in self.baselines],
+            "evaluations": dict(self.evaluations),
+            "hypervolume": self.hypervolume,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search did, or (dry run) would do.
+
+    Attributes
+    ----------
+    space
+        What it chooses from.
+    algorithm
+        ``nsga2``, ``exhaustive`` or ``random``.
+    evaluations
+        How many plans it evaluates at most.
+    seconds_per_evaluation
+        Measured on the widest plan, with one worker; no other takes longer.
+    expected_seconds
+        For all of them, if none stops early.
+    front
+        What was found; None for a dry run.
+    ended
+        Why it ended.
+    notes
+        What is different from what was asked for.
+    """
+
+    space: Space
+    algorithm: str
+    evaluations: int
+    seconds_per_evaluation: float
+    expected_seconds: float
+    float_error: float
+    scale: ErrorScale
+    front: Front | None
+    ended: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "space": self.space.to_dict(),
+            "algorithm": self.algorithm,
+            "evaluations": self.evaluations,
+            "seconds_per_evaluation": self.seconds_per_evaluation,
+            "expected_seconds": self.expected_seconds,
+            "float_error": self.scale.shown(self.float_error),
+            "ended": self.ended,
+            "notes": list(self.notes),
+            "front": None if self.front is None else self.front.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Errors of plans in which one layer alone has fewer bits.
+
+    Attributes
+    ----------
+    layers
+        Names.
+    base
+        The precision of all other layers, as they have it in the widest plan.
+    base_error, float_error
+        Of the widest plan, and of the float model, as shown.
+    errors
+        Layer and precision to error, as shown; None where the metric gave no number.
+    scale
+        How errors are shown.
+    """
+
+    layers: tuple[str, ...]
+    base: Plan
+    base_error: float | None
+    float_error: float
+    errors: Mapping[str, Mapping[Precision, float | None]]
+    scale: ErrorScale
+    target: str
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``--json`` prints."""
+        return {
+            "target": self.target,
+            "metric": self.scale.metric,
+            "unit": self.scale.shown_unit,
+            "samples": self.samples,
+            "float_error": self.float_error,
+            "base": {n: str(p) for n, p in zip(self.layers, self.base, strict=True)},
+            "base_error": self.base_error,
+            "errors": {
+                name: {str(precision): value for precision, value in row.items()}
+                for name, row in self.errors.items()
+            },
+        }
+
+
+# -- preparing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A model, its data and a target, ready for evaluations."""
+
+    model: Model
+    accelerator: Accelerator
+    layers: tuple[Layer, ...]
+    space: Space
+    costs: Costs
+    problem: Problem
+    job: EvaluationJob
+    facts: StudyFacts
+
+
+def _prepare(
+    settings: SearchSettings, progress: Callable[[int, int], None] | None = None
+) -> _Prepared:
+    loaded = load(settings.model.path)
+    if loaded.is_quantized:
+        raise ModelError(
+            "is quantized already",
+            where=loaded.source,
+            fix="search for the float model it was made from",
+        )
+    accelerator = targets.get(settings.target)
+    layers, _, _ = sized_layers(loaded, settings.input_shapes or None)
+    if not layers:
+        raise ModelError(
+            "has no layers to quantize: no Conv, Gemm or MatMul with constant weights",
+            where=loaded.source,
+            fix="bitwright inspect says why each operator is none",
+        )
+    if unsized := [layer.name for layer in layers if layer.macs is None]:
+        raise UsageError(
+            f"the sizes of layer {unsized[0]!r} are not fixed, so it has no cost",
+            where=loaded.source,
+            fix=f"fix them: {shape_option(loaded.inputs)}",
+        )
+    names = [layer.name for layer in layers]
+    space = make_space(
+        names,
+        accelerator,
+        precisions=settings.precisions,
+        keep=settings.keep,
+        exclude=settings.exclude,
+        tie=settings.tie,
+    )
+    accelerator.check_kinds(layers, dict.fromkeys(names, accelerator.allowed_precisions[0]))
+    measure = get_metric(settings.metric)
+    scale = ErrorScale(settings.metric, measure.unit, measure.higher_is_better)
+    make_problem(settings, scale, 0.0)  # refuses what cannot be understood before the work starts
+    table = cost_table(accelerator, layers, cache=cache_file())
+    costs = Costs(accelerator, layers, table, vector_values=settings.vector_values)
+    _check_gains(make_problem(settings, scale, 0.0), space, costs)
+
+    def limit(float_error: float) -> float | None:
+        return make_problem(settings, scale, float_error).error_limit
+
+    shaped = loaded.with_input_shapes(settings.input_shapes) if settings.input_shapes else loaded
+    calibration = Samples(settings.calibration.path, shaped.inputs)
+    validation = Samples(settings.validation.path, shaped.inputs)
+    structure, weights = loaded.structure_hash, loaded.weights_hash
+    precisions = {name: space.precisions(name) for name in names}
+    job, float_error = job_for(
+        shaped,
+        calibration,
+        validation,
+        precisions=precisions,
+        metric=settings.metric,
+        options=settings.quantization,
+        subsets=settings.subsets,
+        samples=settings.samples,
+        limit=limit,
+        work={layer.name: float(layer.macs or 0) for layer in layers},
+        reuse_bytes=settings.reuse_bytes,
+        progress=progress,
+    )
+    refinement = job.model.refinement
+    noise = {
+        name: {str(p): refinement.noise(name, p) for p in options}
+        for name, options in precisions.items()
+        if refinement is not None
+    }
+    facts = StudyFacts(
+        target=accelerator.name,
+        structure_hash=structure,
+        weights_hash=weights,
+        layers=tuple(names),
+        layer_macs=tuple(layer.macs for layer in layers),
+        layer_weights=tuple(layer.weight_count for layer in layers),
+        metric_unit=scale.unit,
+        higher_is_better=scale.higher_is_better,
+        float_error=float_error,
+        samples=job.samples,
+        noise=noise,
+        space=space.to_dict(),
+        versions={name: version(name) for name in _VERSIONS},
+        notes=job.model.notes,
+    )
+    problem = make_problem(settings, scale, float_error)
+    return _Prepared(loaded, accelerator, tuple(layers), space, costs, problem, job, facts)
+
+
+def _check_gains(problem: Problem, space: Space, costs: Costs) -> None:
+    """Refuse objectives that the target does not define, and limits that no plan can meet."""
+    available = costs.available()
+    wanted = [o.name for o in problem.objectives] + [c.name for c in problem.constraints]
+    for name in wanted:
+        if name != problem.scale.name and name not in available:
+            raise UsageError(
+                f"the cost model of {costs.table.target} does not define {name}",
+                where="--objectives"
+                if name in wanted[: len(problem.objectives)]
+                else "--constraint",
+                fix=f"it defines {', '.join(available)}",
+            )
+    choices = {name: space.precisions(name) for name in space.layers}
+    for constraint in problem.constraints:
+        if constraint.name == problem.scale.name:
+            continue
+        low, high = costs.bounds(constraint.name, choices)
+        best = low if constraint.sense == "<=" else high
+        if constraint.violation(best) > 0:
+            raise UsageError(
+                f"no plan of the space meets {constraint.text}",
+                where="--constraint",
+                fix=f"the best {constraint.name} there is, is {best:,.6g} "
+                + GAINS[constraint.name].unit,
+            )
+
+
+def _settings(
+    model: str | Path | None,
+    target: str | Path | None,
+    calibration: str | Path | None,
+    validation: str | Path | None,
+    *,
+    metric: str,
+    quantization: QuantizationOptions,
+    precisions: Sequence[str | Precision] = (),
+    keep: Mapping[str, str | Precision] | None = None,
+    test: str | Path | None = None,
+    input_shapes: Mapping[str, Sequence[int | None]] | None = None,
+    **rest: Any,
+) -> SearchSettings:
+    """Settings from the options of a command; what is missing is refused."""
+    needed = {
+        "model": model,
+        "target": target,
+        "calibration data": calibration,
+        "validation data": validation,
+    }
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise UsageError(
+            f"there is no {missing[0]}",
+            fix="a new search needs a model, a target (--target), calibration data "
+            "(--calibration) and validation data (--validation)",
+        )
+    assert model is not None
+    assert target is not None
+    assert calibration is not None
+    assert validation is not None
+    if not Path(model).is_file():
+        raise ModelError("there is no such file", where=str(model))
+    return SearchSettings(
+        model=DataFile(path=str(Path(model).absolute()), sha256=_digest(Path(model))),
+        target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
+        calibration=_data_file(calibration),
+        validation=_data_file(validation),
+        test=None if test is None else _data_file(test),
+        metric=metric,
+        precisions=tuple(str(Precision.of(entry)) for entry in precisions),
+        keep={name: str(Precision.of(entry)) for name, entry in (keep or {}).items()},
+        input_shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
+        quantization=quantization,
+        **rest,
+    )
+
+
+def _data_file(data: str | Path) -> DataFile:
+    path = Path(data)
+    return DataFile(path=str(path.absolute()), sha256=_digest(path))
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except FileNotFoundError:
+        raise DataError("there is no such file", where=str(path)) from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+
+# -- search ------------------------------------------------------------------------------------
+
+
+def search(
+    model: str | Path | None = None,
+    target: str | Path | None = None,
+    *,
+    calibration: str | Path | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    objectives: str | Sequence[str] = "error,speedup",
+    constraints: Sequence[str] = (),
+    metric: str = "top1",
+    precisions: Sequence[str | Precision] = (),
+    keep: Mapping[str, str | Precision] | None = None,
+    exclude: Sequence[str] = (),
+    tie: Sequence[str] = (),
+    start: Literal["guided", "plain"] = "guided",
+    algorithm: Algorithms = "auto",
+    population: int = 40,
+    offspring: int = 10,
+    generations: int = 60,
+    evaluations: int | None = None,
+    time_budget: float | None = None,
+    patience: int | None = None,
+    seed: int = 1,
+    subsets: int = 4,
+    samples: int | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+    vector_values: int = 0,
+    input_shapes: Mapping[str, Sequence[int | None]] | None = None,
+    clip: ClipMethod = "mmse",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    asymmetric: bool = False,
+    elementwise_bits: int = 16,
+    batch_size: int | None = None,
+    reuse_mib: int = _REUSE_BYTES >> 20,
+    dry_run: bool = False,
+    progress: Callable[[SearchProgress], None] | None = None,
+    preparing: Callable[[int, int], None] | None = None,
+) -> Search:
+    """Search for the precision of every layer: the front between error and what hardware gains.
+
+    Every evaluation is on disk when it is finished. A search that was interrupted goes on with
+    ``resume``; the front is the same as without the interruption.
+
+    Parameters
+    ----------
+    model
+        A float ONNX file.
+    target
+        An accelerator: its name, or the path of its description.
+    calibration, validation, test
+        Data to choose scales with, to measure errors on while searching, and (optional) to
+        measure the plans of the front on at the end: .npz files, to which a study can come back.
+    output
+        The folder of the new study.
+    resume
+        The folder of a study to go on with, instead of all the above; everything but the limits
+        of the search (``generations`` to ``patience``), ``workers`` and ``scheduler`` is as it was.
+    objectives
+        Two or more of ``error`` and the gains of :data:`bitwright.search.objectives.GAINS`.
+    constraints
+        Limits, ``memory<=2MiB``, ``error<=5%``, ``error<=+2pp`` (more than the float model).
+    metric
+        What the error is: a name, ``package.module:Class`` or ``package.module:function``.
+    precisions
+        What layers may have, of what the target allows; by default all.
+    keep, exclude, tie
+        Layers (or patterns) with a fixed precision, left alone at the widest, and tied together;
+        see :func:`bitwright.search.space.make_space`.
+    start
+        ``guided``: the initial population holds the uniform plans and plans that lower bits where
+        that adds least noise; ``plain``: chance alone, as in MOHAQ.
+    algorithm
+        ``nsga2``, ``exhaustive``, ``random``, or ``auto``: everything if the space is no larger
+        than the evaluations of the search, NSGA-II otherwise.
+    population, offspring, generations
+        MOHAQ's 40, 10 and 60 make 630 evaluations.
+    evaluations, time_budget, patience
+        Further limits: different plans, seconds, generations without progress.
+    seed
+        Of all randomness: the same seed gives the same front, with any number of workers.
+    subsets
+        Parts of the validation data; plans that fail on the first are not run on the others, and
+        the largest error counts.
+    samples
+        How many validation samples to use; by default all.
+    workers, scheduler
+        Local processes, or the address of a Dask scheduler. With more than one worker a script
+        needs Python's ``if __name__ == "__main__":``.
+    vector_values
+        Values beside the weights that count as memory, at 16 bits each.
+    input_shapes
+        Fixes symbolic sizes of the inputs.
+    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+        Options of quantization, as in :func:`bitwright.quantize`.
+    reuse_mib
+        Memory in which intermediate values are kept for plans that begin alike, in MiB a worker.
+    dry_run
+        Prepare and time one evaluation, write nothing.
+    progress
+        Called after each evaluation.
+    preparing
+        Called with calibration samples done and in total.
+
+    Raises
+    ------
+    ModelError, PlanError, DataError, UsageError, OutputError, StudyError
+        If the model, the data, an option or the study has to change.
+    RunError
+        If the float model or a cost model fails.
+    Interrupted
+        By Ctrl-C; nothing finished is lost.
+    """
+    stops = Stops(generations, evaluations, time_budget, patience)
+    _check_numbers(
+        {"generations": generations, "evaluations": evaluations, "patience": patience,
+         "population": population, "offspring": offspring, "subsets": subsets,
+         "samples": samples, "workers": workers}
+    )  # fmt: skip
+    if time_budget is not None and not time_budget > 0:
+        raise UsageError(f"a time budget of {time_budget} s is not possible")
+    if resume is not None:
+        if model is not None or target is not None or output is not None or dry_run:
+            raise UsageError(
+                "a study is gone on with as it was",
+                where=str(resume),
+                fix="leave out model, target, output and dry run; limits and workers can change",
+            )
+        with Study(resume, write=True) as study:
+            settings, facts = settings_of(study)
+            _refuse_changes(settings)
+            prepared = _prepare(settings, preparing)
+            _refuse_other_study(prepared, facts, study.folder)
+            return _run(study, settings, prepared, stops, workers, scheduler, progress)
+    folder = None if output is None else Path(output)
+    if folder is None and not dry_run:
+        raise UsageError(
+            "a search needs a folder for its study", fix="name one that is not there: --output DIR"
+        )
+    if folder is not None and not dry_run:
+        check_new(folder)
+    if algorithm not in ("auto", "nsga2", "exhaustive", "random"):
+        raise UsageError(
+            f"{algorithm!r} is no algorithm", fix="choose auto, nsga2, exhaustive or random"
+        )
+    settings = _settings(
+        model,
+        target,
+        calibration,
+        validation,
+        test=test,
+        objectives=tuple([objectives] if isinstance(objectives, str) else objectives),
+        constraints=tuple(constraints),
+        metric=metric,
+        precisions=precisions,
+        keep=keep,
+        exclude=tuple(exclude),
+        tie=tuple(tie),
+        start=start,
+        algorithm="nsga2" if algorithm == "auto" else algorithm,
+        population=population,
+        offspring=offspring,
+        seed=seed,
+        subsets=subsets,
+        samples=samples,
+        vector_values=vector_values,
+        input_shapes=input_shapes,
+        quantization=QuantizationOptions(
+            clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+        ),
+        reuse_bytes=reuse_mib << 20,
+    )
+    prepared = _prepare(settings, preparing)
+    if algorithm == "auto" and prepared.space.size <= _nsga2_evaluations(settings, stops):
+        settings = settings.model_copy(update={"algorithm": "exhaustive"})
+    if dry_run:
+        return _rehearse(settings, prepared, stops, workers)
+    assert folder is not None
+    meta = {
+        "settings": settings.model_dump(mode="json"),
+        "facts": prepared.facts.model_dump(),
+        "layer_costs": _layer_costs(prepared),
+    }
+    with Study.create(folder, meta) as study:
+        return _run(study, settings, prepared, stops, workers, scheduler, progress)
+
+
+def _check_numbers(numbers: Mapping[str, int | None]) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            option = name.replace("_", "-")
+            raise UsageError(f"{value} {name} are not possible", where=f"--{option}")
+
+
+def _nsga2_evaluations(settings: SearchSettings, stops: Stops) -> int:
+    generations = stops.generations or 1
+    total = settings.population + (generations - 1) * settings.offspring
+    return total if stops.evaluations is None else min(total, stops.evaluations)
+
+
+def _most_evaluations(settings: SearchSettings, stops: Stops, space: Space) -> int:
+    """How many different plans a search looks at, at most."""
+    if settings.algorithm == "exhaustive":
+        limit = space.size if stops.evaluations is None else stops.evaluations
+        return min(space.size, limit)
+    return min(space.size, _nsga2_evaluations(settings, stops))
+
+
+def _rehearse(settings: SearchSettings, prepared: _Prepared, stops: Stops, workers: int) -> Search:
+    evaluator = PostTraining(prepared.job)
+    _, wide = narrowest_and_widest(prepared.space)
+    seconds = []
+    for _ in range(2):  # the first run also makes weights and allocates memory
+        start = time.perf_counter()
+        evaluator.evaluate(wide, limit=math.inf)
+        evaluator.forget()
+        seconds.append(time.perf_counter() - start)
+    count = _most_evaluations(settings, stops, prepared.space)
+    return Search(
+        space=prepared.space,
+        algorithm=settings.algorithm,
+        evaluations=count,
+        seconds_per_evaluation=seconds[-1],
+        expected_seconds=count * seconds[-1] / workers,
+        float_error=prepared.problem.float_error,
+        scale=prepared.problem.scale,
+        front=None,
+        ended="dry run",
+        notes=prepared.facts.notes,
+    )
+
+
+def _refuse_changes(settings: SearchSettings) -> None:
+    """Refuse to go on with other files than the study was begun with."""
+    for what, file in (
+        ("model", settings.model),
+        ("calibration data", settings.calibration),
+        ("validation data", settings.validation),
+        ("test data", settings.test),
+    ):
+        if file is None:
+            continue
+        path = Path(file.path)
+        if not path.is_file():
+            raise StudyError(
+                f"the {what} of the study is not there any more",
+                where=file.path,
+                fix="put it back where it was",
+            )
+        if _digest(path) != file.sha256:
+            raise StudyError(
+                f"the {what} of the study has changed since the search began",
+                where=file.path,
+                fix="bring it back as it was, or search again into another folder",
+            )
+
+
+def _refuse_other_study(prepared: _Prepared, facts: StudyFacts, folder: Path) -> None:
+    now = prepared.facts
+    if (now.layers, now.space, now.target) != (facts.layers, facts.space, facts.target):
+        raise StudyError(
+            "was begun for other layers, another space or another target",
+            where=str(folder),
+            fix="search again into another folder",
+        )
+    if not math.isclose(now.float_error, facts.float_error, rel_tol=1e-6, abs_tol=1e-9):
+        raise StudyError(
+            f"was begun with a float model of error {facts.float_error:.6g}; it is "
+            f"{now.float_error:.6g} now",
+            where=str(folder),
+            fix="use the onnxruntime it was begun with "
+            f"({facts.versions.get('onnxruntime')}), or search again into another folder",
+        )
+
+
+def _run(
+    study: Study,
+    settings: SearchSettings,
+    prepared: _Prepared,
+    stops: Stops,
+    workers: int,
+    scheduler: str | None,
+    progress: Callable[[SearchProgress], None] | None,
+) -> Search:
+    space, costs = prepared.space, prepared.costs
+    count = _most_evaluations(settings, stops, space)
+    began = time.monotonic()
+    with open_pool(prepared.job, workers=workers, scheduler=scheduler) as pool:
+        engine = Engine(study, space, costs, prepared.problem, pool, stops, count, progress)
+        with _resumable(study.folder):
+            narrow, wide = narrowest_and_widest(space)
+            ends = engine.baselines([narrow, wide])
+            errors = [entry.result.error for entry in ends]
+            _refuse_hopeless(prepared, ends[1], study.folder)
+            reference = references(
+                prepared.problem,
+                space,
+                costs,
+                narrowest_error=errors[0],
+                widest_error=errors[1],
+            )
+            if study.meta("reference") is None:
+                study.set_meta("reference", reference)
+            engine.problem = problem = replace(prepared.problem, reference=reference)
+            ended = engine.run(_algorithm(settings, prepared, problem))
+            study.set_meta("ended", ended)
+            _test(study, settings, prepared, problem, workers, scheduler)
+    found = front(study.folder)
+    evaluated = [e for e in study.evaluations() if e.origin != "baseline"]
+    seconds = [e.result.seconds for e in evaluated if e.result.status == "ok"]
+    if not found.points:
+        raise _nobody(found)
+    return Search(
+        space=space,
+        algorithm=settings.algorithm,
+        evaluations=len(evaluated),
+        seconds_per_evaluation=sum(seconds) / max(len(seconds), 1),
+        expected_seconds=time.monotonic() - began,
+        float_error=prepared.problem.float_error,
+        scale=prepared.problem.scale,
+        front=found,
+        ended=ended,
+        notes=prepared.facts.notes,
+    )
+
+
+@contextmanager
+def _resumable(folder: Path) -> Any:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; everything finished is in the study",
+            where=str(folder),
+            fix=f"go on with bitwright search --resume {folder}",
+        ) from None
+
+
+def _algorithm(settings: SearchSettings, prepared: _Prepared, problem: Problem) -> Algorithm:
+    space = prepared.space
+    if settings.algorithm == "exhaustive":
+        return Exhaustive(space, population=settings.population)
+    if settings.algorithm == "random":
+        return RandomSearch(
+            space,
+            population=settings.population,
+            offspring=settings.offspring,
+            seed=settings.seed,
+        )
+    start = []
+    if settings.start == "guided":
+        uniform = [space.genome(plan) for plan in space.uniform()][: settings.population // 2]
+        start = [genome for genome in uniform if genome is not None]
+        noise = {
+            name: {Precision.parse(text): value for text, value in row.items()}
+            for name, row in prepared.facts.noise.items()
+        }
+        if noise:
+            # Half of the population at most: the rest stays chance.
+            room = max(settings.population * 3 // 4 - len(start), 2)
+            start += guided_start(space, prepared.costs, problem, noise, room)
+    return Nsga2(
+        space,
+        objectives=len(problem.objectives),
+        constraints=len(problem.violations(_NOTHING, {})),
+        population=settings.population,
+        offspring=settings.offspring,
+        seed=settings.seed,
+        start=start,
+    )
+
+
+def _refuse_hopeless(prepared: _Prepared, wide: Evaluation, folder: Path) -> None:
+    """Say early that no plan will meet the limit on the error."""
+    limit, error = prepared.problem.error_limit, wide.result.error
+    scale = prepared.problem.scale
+    if wide.result.status == "failed":
+        return
+    if limit is not None and error is not None and error > limit:
+        texts = [c.text for c in prepared.problem.constraints if c.name == scale.name]
+        raise UsageError(
+            f"even the plan with most bits does not meet {' and '.join(texts)}: its {scale.name} "
+            f"is {_shown(scale, error)}, the float model's "
+            f"{_shown(scale, prepared.problem.float_error)}",
+            where=str(folder),
+            fix="allow more error, or more bits",
+        )
+
+
+def _shown(scale: ErrorScale, error: float) -> str:
+    return f"{scale.shown(error):.4g} {scale.shown_unit}".rstrip()
+
+
+def _nobody(found: Front) -> StudyError:
+    """The error that tells how close plans get that do not meet all constraints."""
+    problem = found.problem
+    with Study(found.folder) as study:
+        evaluations = study.evaluations()
+    tried = [e for e in evaluations if e.result.status != "failed"]
+    if not tried:
+        reasons = {e.result.message for e in evaluations if e.result.message}
+        return StudyError(
+            f"all {len(evaluations)} evaluations failed",
+            where=str(found.folder),
+            fix=f"one says: {min(reasons)}" if reasons else None,
+        )
+    near = min(tried, key=lambda e: (sum(problem.violations(e.result, e.gains)), e.number))
+    error = "not run" if near.result.error is None else _shown(problem.scale, near.result.error)
+    limits = [
+        f"{c.name} {near.gains.get(c.name, math.nan):,.6g}"
+        for c in problem.constraints
+        if c.name != problem.scale.name
+    ]
+    return StudyError(
+        f"no plan meets {' and '.join(found.settings.constraints) or 'the constraints'}",
+        where=str(found.folder),
+        fix=f"the closest of {len(tried)} is #{near.number}: "
+        + ", ".join([f"{problem.scale.name} {error}", *limits]),
+    )
+
+
+def _test(
+    study: Study,
+    settings: SearchSettings,
+    prepared: _Prepared,
+    problem: Problem,
+    workers: int,
+    scheduler: str | None,
+) -> None:
+    """Measure the plans of the front, and the float model, on the test data."""
+    if settings.test is None:
+        return
+    known = study.tests()
+    plans = [e.plan for e in problem.front(study.evaluations()) if plan_text(e.plan) not in known]
+    if not plans:
+        return
+    shaped = load(settings.model.path)
+    if settings.input_shapes:
+        shaped = shaped.with_input_shapes(settings.input_shapes)
+    data = Samples(settings.test.path, shaped.inputs)
+    job, float_error = job_on(prepared.job, shaped, data)
+    study.set_meta("float_test_error", float_error)
+    with open_pool(job, workers=workers, scheduler=scheduler) as pool:
+        numbered = dict(enumerate(plans))
+        for number, result in pool.evaluate(numbered):
+            if result.error is not None:
+                study.set_test(numbered[number], result.error, result.samples)
+
+
+def _layer_costs(prepared: _Prepared) -> dict[str, dict[str, dict[str, float]]]:
+    """Costs of layers at all precisions, so that a study can be read without its model."""
+    table = prepared.costs.table
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, row in zip(table.layers, table.costs, strict=True):
+        found[name] = {}
+        for cost in row:
+            values = {
+                "cycles": cost.cycles,
+                "stall_cycles": cost.stall_cycles,
+                "relative_cycles": cost.relative_cycles,
+                "energy_pj": cost.total_energy_pj,
+                "weight_bits": cost.weight_bits,
+                "dram_read_bits": cost.dram_read_bits,
+                "dram_write_bits": cost.dram_write_bits,
+            }
+            found[name][str(cost.precision)] = {
+                quantity: value for quantity, value in values.items() if value is not None
+            }
+    return found
+
+
+# -- front -------------------------------------------------------------------------------------
+
+
+def front(study: str | Path) -> Front:
+    """Read the front of a study, also while a search is writing it.
+
+    Parameters
+    ----------
+    study
+        Its folder.
+
+    Raises
+    ------
+    StudyError
+        If there is no study, or it is damaged or of another version.
+    """
+    with Study(study) as opened:
+        settings, facts = settings_of(opened)
+        problem = problem_of(opened)
+        evaluations = opened.evaluations()
+        tests = opened.tests()
+        generations = tuple(opened.generations())
+        float_test = opened.meta("float_test_error")
+    counts: dict[str, int] = {}
+    for entry in evaluations:
+        counts[entry.result.status] = counts.get(entry.result.status, 0) + 1
+    # Before the reference point is known there is nothing to compare.
+    best = problem.front(evaluations) if problem.reference else []
+    baselines = [
+        entry
+        for entry in evaluations
+        if entry.origin == "baseline"
+        or len({p for n, p in zip(facts.layers, entry.plan, strict=True)}) == 1
+    ]
+
+    def point(entry: Evaluation) -> Point:
+        return _point(entry, problem, tests)
+
+    return Front(
+        folder=Path(study),
+        settings=settings,
+        facts=facts,
+        problem=problem,
+        points=tuple(map(point, best)),
+        baselines=tuple(point(e) for e in baselines if e.result.error is not None),
+        evaluations=counts,
+        hypervolume=problem.hypervolume(evaluations) if problem.reference else 0.0,
+        generations=generations,
+        float_test_error=None if float_test is None else problem.scale.shown(float_test),
+    )
+
+
+def _point(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[float, int]]) -> Point:
+    scale, result = problem.scale, entry.result
+    names = [objective.name for objective in problem.objectives]
+    values = problem.values(result.error, entry.gains)
+    tested = tests.get(plan_text(entry.plan))
+    return Point(
+        number=entry.number,
+        plan=entry.plan,
+        status=result.status,
+        values=dict(zip(names, values, strict=True)),
+        gains=entry.gains,
+        overall_error=None if result.overall is None else scale.shown(result.overall),
+        test_error=None if tested is None else scale.shown(tested[0]),
+        origin=entry.origin,
+        message=result.message,
+    )
+
+
+def plan_of_study(reference: str) -> PrecisionPlan:
+    """The plan that ``DIR#number`` names.
+
+    Raises
+    ------
+    StudyError
+        If there is no such study, or it has no such plan.
+    """
+    folder, _, text = reference.rpartition("#")
+    with Study(folder) as study:
+        settings, facts = settings_of(study)
+        evaluations = {entry.number: entry for entry in study.evaluations()}
+    entry = evaluations.get(int(text)) if text.isdecimal() else None
+    if entry is None:
+        raise StudyError(
+            f"has no plan number {text!r}",
+            where=folder,
+            fix=f"it has 1 to {max(evaluations)}; bitwright front {folder} lists the best"
+            if evaluations
+            else "it has none yet",
+        )
+    return PrecisionPlan(
+        layers=dict(zip(facts.layers, entry.plan, strict=True)),
+        structure_hash=facts.structure_hash,
+        weights_hash=facts.weights_hash,
+        target=facts.target,
+        elementwise_bits=settings.quantization.elementwise_bits,
+    )
+
+
+def quantization_of_study(reference: str) -> tuple[str, str, dict[str, Any]]:
+    """Target, calibration file and options of quantization with which a study evaluated plans."""
+    with Study(reference.rpartition("#")[0]) as study:
+        settings, _ = settings_of(study)
+    options = settings.quantization
+    return (
+        settings.target,
+        settings.calibration.path,
+        {
+            "clip": options.clip,
+            "percentile": options.percentile,
+            "per_channel": options.per_channel,
+            "asymmetric": options.asymmetric,
+            "batch_size": options.batch_size,
+        },
+    )
+
+
+# -- sensitivity -------------------------------------------------------------------------------
+
+
+def sensitivity(
+    model: str | Path | None = None,
+    target: str | Path | None = None,
+    *,
+    calibration: str | Path | None = None,
+    validation: str | Path | None = None,
+    study: str | Path | None = None,
+    metric: str = "top1",
+    precisions: Sequence[str | Precision] = (),
+    samples: int | None = None,
+    vector_values: int = 0,
+    input_shapes: Mapping[str, Sequence[int | None]] | None = None,
+    clip: ClipMethod = "mmse",
+    percentile: float = 99.99,
+    per_channel: bool = True,
+    asymmetric: bool = False,
+    elementwise_bits: int = 16,
+    batch_size: int | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+    plot: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    preparing: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Measure the error of each layer's precisions, all other layers at the widest.
+
+    Parameters
+    ----------
+    model, target, calibration, validation, metric, precisions, samples
+        As in :func:`search`; or
+    study
+        the folder of a study, which says all that, and keeps what is found for its report.
+    vector_values, input_shapes
+        As in :func:`search`.
+    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+        Options of quantization, as in :func:`bitwright.quantize`.
+    workers, scheduler
+        As in :func:`search`.
+    plot
+        A file for the errors as a heat map: a page (``.html``) that needs no network.
+    overwrite
+        Whether ``plot`` may exist.
+    progress
+        Called with evaluations done and in total.
+    preparing
+        Called with calibration samples done and in total.
+
+    Raises
+    ------
+    ModelError, PlanError, DataError, UsageError, OutputError, StudyError
+        If the model, the data, an option or the study has to change.
+    RunError
+        If the float model or a cost model fails.
+    """
+    if plot is not None and Path(plot).suffix != ".html":
+        raise UsageError("the heat map is a page", where=str(plot), fix="name it .html")
+    picture = None if plot is None else check_writable(plot, overwrite=overwrite)
+    if study is not None:
+        if model is not None or target is not None:
+            raise UsageError(
+                "a study says what model and target are", where=str(study), fix="leave them out"
+            )
+        with Study(study, write=True) as opened:
+            settings, facts = settings_of(opened)
+            _refuse_changes(settings)
+            prepared = _prepare(settings, preparing)
+            _refuse_other_study(prepared, facts, opened.folder)
+            with _resumable(opened.folder):
+                found = _sensitivity(prepared, opened, workers, scheduler, progress)
+    else:
+        settings = _settings(
+            model,
+            target,
+            calibration,
+            validation,
+            metric=metric,
+            precisions=precisions,
+            samples=samples,
+            vector_values=vector_values,
+            input_shapes=input_shapes,
+            subsets=1,
+            quantization=QuantizationOptions(
+                clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+            ),
+        )
+        prepared = _prepare(settings, preparing)
+        found = _sensitivity(prepared, None, workers, scheduler, progress)
+    if picture is not None:
+        from bitwright.plots import sensitivity_page
+
+        write_atomically(picture, sensitivity_page(found, settings.model.path).encode())
+    return found
+
+
+def _sensitivity(
+    prepared: _Prepared,
+    study: Study | None,
+    workers: int,
+    scheduler: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> Sensitivity:
+    space, scale = prepared.space, prepared.problem.scale
+    names = space.layers
+    _, wide = narrowest_and_widest(space)
+    errors: dict[str, dict[Precision, float | None]] = {} if study is None else study.sensitivity()
+    plans: dict[int, Plan] = {}
+    about: dict[int, list[tuple[str, Precision]]] = {}
+    numbers: dict[Plan, int] = {}
+    total = 0
+    for index, name in enumerate(names):
+        for precision in space.precisions(name):
+            total += 1
+            if precision in errors.get(name, {}):
+                continue
+            plan = (*wide[:index], precision, *wide[index + 1 :])
+            number = numbers.setdefault(plan, len(numbers))
+            plans[number] = plan
+            about.setdefault(number, []).append((name, precision))
+    done = total - sum(map(len, about.values()))
+    job = replace(prepared.job, limit=None)
+    with open_pool(job, workers=workers, scheduler=scheduler) as pool:
+        for number, result in pool.evaluate(plans):
+            for name, precision in about[number]:
+                errors.setdefault(name, {})[precision] = result.error
+                if study is not None:
+                    study.set_sensitivity(name, precision, result)
+                done += 1
+            if progress is not None:
+                progress(done, total)
+
+    def shown(error: float | None) -> float | None:
+        return None if error is None else scale.shown(error)
+
+    return Sensitivity(
+        layers=names,
+        base=wide,
+        base_error=shown(errors[names[0]][wide[0]]),
+        float_error=scale.shown(prepared.problem.float_error),
+        errors={
+            name: {p: shown(errors[name][p]) for p in space.precisions(name)} for name in names
+        },
+        scale=scale,
+        target=prepared.accelerator.name,
+        samples=prepared.job.samples,
+    )

@@ -1,0 +1,281 @@
+"""Run a search: ask the algorithm, answer from the study or the workers, write everything down."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bitwright.search.algorithm import Algorithm
+from bitwright.search.evaluator import Result
+from bitwright.search.objectives import Costs
+from bitwright.search.problem import Problem
+from bitwright.search.space import Genome, Plan, Space, widest
+from bitwright.search.study import Evaluation, Generation, Study
+from bitwright.search.workers import Pool
+from bitwright.vocabulary import Precision
+
+__all__ = ["Engine", "SearchProgress", "Stops", "guided_start", "narrowest_and_widest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """When a search ends; None never.
+
+    Attributes
+    ----------
+    generations
+        Generations, the initial population counted.
+    evaluations
+        Different plans, those of an interrupted search counted.
+    time_budget
+        Seconds from now.
+    patience
+        Generations without a larger hypervolume.
+    """
+
+    generations: int | None = None
+    evaluations: int | None = None
+    time_budget: float | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchProgress:
+    """How far a search is.
+
+    Attributes
+    ----------
+    done, total
+        Different plans evaluated, and how many it may become.
+    best
+        Best value of each objective among the plans of the front, by name, as shown.
+    hypervolume
+        Of the last generation.
+    """
+
+    done: int
+    total: int
+    best: Mapping[str, float]
+    hypervolume: float
+
+
+@dataclass
+class Engine:
+    """One run of a search.
+
+    Attributes
+    ----------
+    study, space, costs, problem, pool
+        What it works on and with.
+    stops
+        When it ends.
+    progress
+        Called after each evaluation.
+    """
+
+    study: Study
+    space: Space
+    costs: Costs
+    problem: Problem
+    pool: Pool
+    stops: Stops
+    total: int
+    progress: Callable[[SearchProgress], None] | None = None
+    _known: dict[Plan, Evaluation] = field(default_factory=dict)
+    _next: int = 1
+    _asked: set[Plan] = field(default_factory=set)
+    _started: float = field(default_factory=time.monotonic)
+    _hypervolume: float = 0.0
+    _best: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._known = {entry.plan: entry for entry in self.study.evaluations()}
+        self._before = max((g.seconds for g in self.study.generations()), default=0.0)
+
+    def baselines(self, plans: Sequence[Plan]) -> list[Evaluation]:
+        """Evaluate plans whole, whatever the limit on the error; they do not count."""
+        found = self._evaluate(plans, "baseline", limit=math.inf)
+        self._asked.clear()
+        return [found[plan] for plan in plans]
+
+    def run(self, algorithm: Algorithm) -> str:
+        """Search; return why it ended."""
+        generation = 0
+        best, stale = 0.0, 0
+        while True:
+            genomes = algorithm.ask()
+            if not genomes:
+                return "every plan was looked at"
+            plans = [self.space.plan(genome) for genome in genomes]
+            found = self._evaluate(plans, "start" if generation == 0 else "search")
+            if len(found) < len(set(plans)):
+                # A generation that is not whole tells the algorithm nothing.
+                return "the time is over" if self._late() else "all evaluations are done"
+            entries = [found[plan] for plan in plans]
+            algorithm.tell(
+                [self.problem.minimized(e.result.error, e.gains) for e in entries],
+                [self.problem.violations(e.result, e.gains) for e in entries],
+            )
+            self._write_generation(generation)
+            generation += 1
+            stale = 0 if self._hypervolume > best else stale + 1
+            best = max(best, self._hypervolume)
+            if self.stops.generations is not None and generation >= self.stops.generations:
+                return "all generations are done"
+            if self.stops.patience is not None and stale >= self.stops.patience:
+                return f"no progress in {stale} generations"
+            if self._spent():
+                return "all evaluations are done"
+            if self._late():
+                return "the time is over"
+
+    def _late(self) -> bool:
+        budget = self.stops.time_budget
+        return budget is not None and time.monotonic() - self._started >= budget
+
+    def _spent(self) -> bool:
+        limit = self.stops.evaluations
+        return limit is not None and len(self._asked) >= limit
+
+    def _evaluate(
+        self, plans: Sequence[Plan], origin: str, limit: float | None = None
+    ) -> dict[Plan, Evaluation]:
+        """Answers for plans, in part if the search has to end."""
+        found: dict[Plan, Evaluation] = {}
+        new: dict[int, Plan] = {}
+        taken = {entry.number for entry in self._known.values()}
+        for plan in dict.fromkeys(plans):
+            if plan not in self._asked and self._spent() and origin != "baseline":
+                break
+            self._asked.add(plan)
+            known = self._known.get(plan)
+            if known is not None:
+                found[plan] = known
+                self._next = max(self._next, known.number + 1)
+                continue
+            while self._next in taken:
+                self._next += 1
+            new[self._next] = plan
+            self._next += 1
+        gains = {number: self._gains(plan) for number, plan in new.items()}
+        waiting: dict[int, Plan] = {}
+        for number, plan in new.items():
+            # What the hardware cannot take needs no run; baselines are shown anyway.
+            if limit is None and any(self.problem.hardware_violations(gains[number])):
+                skipped = Result("skipped", None)
+                found[plan] = self._add(number, plan, origin, skipped, gains[number])
+            else:
+                waiting[number] = plan
+        if waiting and not (self._late() and origin != "baseline"):
+            for number, result in self.pool.evaluate(waiting, limit):
+                plan = waiting[number]
+                found[plan] = self._add(number, plan, origin, result, gains[number])
+                if self._late() and origin != "baseline":
+                    break
+        return found
+
+    def _gains(self, plan: Plan) -> dict[str, float]:
+        return {name: v for name, v in self.costs.of(plan).items() if not math.isnan(v)}
+
+    def _add(
+        self, number: int, plan: Plan, origin: str, result: Result, gains: Mapping[str, float]
+    ) -> Evaluation:
+        entry = Evaluation(number, plan, origin, result, gains)
+        self.study.add(entry)
+        self._known[plan] = entry
+        if self.problem.reference and self.problem.feasible(entry):
+            values = self.problem.values(result.error, gains)
+            for objective, value in zip(self.problem.objectives, values, strict=True):
+                before = self._best.get(objective.name, value)
+                better = max if objective.maximize else min
+                self._best[objective.name] = better(before, value)
+        if self.progress is not None and origin != "baseline":
+            self.progress(
+                SearchProgress(
+                    len(self._asked & self._known.keys()),
+                    self.total,
+                    self._best,
+                    self._hypervolume,
+                )
+            )
+        return entry
+
+    def _write_generation(self, number: int) -> None:
+        entries = [self._known[plan] for plan in self._asked if plan in self._known]
+        self._hypervolume = self.problem.hypervolume(entries)
+        seconds = self._before + time.monotonic() - self._started
+        self.study.set_generation(Generation(number, len(entries), self._hypervolume, seconds))
+
+
+def narrowest_and_widest(space: Space) -> tuple[Plan, Plan]:
+    """The plans with fewest and with most bits."""
+    options = [space.precisions(name) for name in space.layers]
+    return tuple(entry[0] for entry in options), tuple(widest(entry) for entry in options)
+
+
+def guided_start(
+    space: Space,
+    costs: Costs,
+    problem: Problem,
+    noise: Mapping[str, Mapping[Precision, float]],
+    count: int,
+) -> list[Genome]:
+    """Genomes on the way from most bits to fewest that costs least noise for what it gains.
+
+    At each step the gene goes one down whose gain in the objectives of the hardware, relative to
+    what the space offers, is largest for the noise that it adds to the outputs of its layers.
+
+    Parameters
+    ----------
+    space, costs, problem
+        Of the search.
+    noise
+        Layer and precision to relative noise at the layer's own output.
+    count
+        How many genomes, evenly spread over the way, both ends among them.
+    """
+    hardware = [
+        (number, objective)
+        for number, objective in enumerate(problem.objectives)
+        if objective.name != problem.scale.name
+    ]
+
+    def value(plan: Plan) -> float:
+        found = problem.minimized(None, costs.of(plan))
+        total = 0.0
+        for number, _ in hardware:
+            worst, best = problem.reference[number]
+            total += (worst - found[number]) / (worst - best) if worst != best else 0.0
+        return total
+
+    def noise_of(plan: Plan) -> float:
+        return sum(
+            noise.get(name, {}).get(precision, 0.0)
+            for name, precision in zip(space.layers, plan, strict=True)
+        )
+
+    genome = [int(g) for g in space.highest]
+    way: list[Genome] = [tuple(genome)]
+    plan = space.plan(genome)
+    now, loud = value(plan), noise_of(plan)
+    while any(genome):
+        steps: list[tuple[bool, float, int, float, float]] = []
+        for number, gene in enumerate(genome):
+            if gene == 0:
+                continue
+            genome[number] -= 1
+            plan = space.plan(genome)
+            gain, added = value(plan) - now, noise_of(plan) - loud
+            # A gain for nothing is best, a loss worst.
+            rate = gain / max(added, 1e-12) if gain > 0 else -added
+            steps.append((gain > 0, rate, -number, now + gain, loud + added))
+            genome[number] += 1
+        _, _, number, now, loud = max(steps)
+        genome[-number] -= 1
+        way.append(tuple(genome))
+    picked = np.unique(np.linspace(0, len(way) - 1, max(count, 2)).round().astype(int))
+    return [way[index] for index in picked]
