@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from bitwright.inspection import Inspection, inspect
     from bitwright.planning import make_plan
     from bitwright.quantization import quantize
+    from bitwright.reporting import Report, report
+    from bitwright.searching import (
+        Front,
+        Search,
+        Sensitivity,
+        front,
+        search_precisions,
+        sensitivity,
+    )
     from bitwright.vocabulary import Layer, LayerCost, ModelCost, Precision, PrecisionPlan
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Evaluation",
+    "Front",
     "Inspection",
     "Layer",
     "LayerCost",
@@ -40,6 +50,9 @@ __all__ = [
     "Passes",
     "Precision",
     "PrecisionPlan",
+    "Report",
+    "Search",
+    "Sensitivity",
     "SideBySide",
     "compare",
     "compile",
@@ -48,11 +61,15 @@ __all__ = [
     "describe_target",
     "describe_targets",
     "evaluate",
+    "front",
     "inspect",
     "load_artifact",
     "make_plan",
     "quantize",
+    "report",
     "run",
+    "search_precisions",
+    "sensitivity",
     "targets",
 ]
 
@@ -62,6 +79,7 @@ _HOMES = {
     "Comparison": "evaluation",
     "Cost": "costing",
     "Evaluation": "evaluation",
+    "Front": "searching",
     "Inspection": "inspection",
     "Layer": "vocabulary",
     "LayerCost": "vocabulary",
@@ -69,6 +87,9 @@ _HOMES = {
     "Passes": "compilation",
     "Precision": "vocabulary",
     "PrecisionPlan": "vocabulary",
+    "Report": "reporting",
+    "Search": "searching",
+    "Sensitivity": "searching",
     "SideBySide": "evaluation",
     "compare": "evaluation",
     "compile": "compilation",
@@ -77,11 +98,15 @@ _HOMES = {
     "describe_target": "compilation",
     "describe_targets": "compilation",
     "evaluate": "evaluation",
+    "front": "searching",
     "inspect": "inspection",
     "load_artifact": "artifact",
     "make_plan": "planning",
     "quantize": "quantization",
+    "report": "reporting",
     "run": "evaluation",
+    "search_precisions": "searching",
+    "sensitivity": "searching",
 }
 
 

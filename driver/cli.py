@@ -168,6 +168,18 @@ def _input_shapes(entries: Sequence[str]) -> dict[str, list[int | None]]:
     return shapes
 
 
+def _layer_precisions(entries: Sequence[str]) -> dict[str, str]:
+    layers: dict[str, str] = {}
+    for entry in entries:
+        name, separator, text = entry.rpartition("=")
+        if not separator:
+            raise UsageError(f"{entry!r} is no layer precision", fix="write it like conv1=w4a8")
+        if name in layers:
+            raise UsageError(f"layer {name!r} is given twice", fix="leave out one")
+        layers[name] = text
+    return layers
+
+
 # Options that several commands share.
 PrecisionOfAll = Annotated[
     str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
@@ -242,18 +254,10 @@ def plan(
     """Write a precision plan, to be edited by hand or used as it is."""
     from bitwright.planning import make_plan
 
-    layers = {}
-    for entry in layer or []:
-        name, separator, text = entry.rpartition("=")
-        if not separator:
-            raise UsageError(f"{entry!r} is no layer precision", fix="write it like conv1=w4a8")
-        if name in layers:
-            raise UsageError(f"layer {name!r} is given twice", fix="leave out one")
-        layers[name] = text
     made = make_plan(
         model,
         precision=precision,
-        layers=layers,
+        layers=_layer_precisions(layer or []),
         elementwise_bits=elementwise_bits,
         output=output,
         overwrite=overwrite,
@@ -313,7 +317,10 @@ def evaluate(
     model: Model,
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
-        str, typer.Option(help="top1, top5, mse, sqnr, a plug-in, or package.module:Class.")
+        str,
+        typer.Option(
+            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or package.module:name."
+        ),
     ] = "top1",
     engine: Annotated[
         Literal["onnxruntime", "reference"],
@@ -456,7 +463,10 @@ def run(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact.", readable=False)],
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
-        str, typer.Option(help="top1, top5, mse, sqnr, a plug-in, or package.module:Class.")
+        str,
+        typer.Option(
+            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or package.module:name."
+        ),
     ] = "top1",
     float_model: Annotated[
         Path | None, _file_option("--float", help="The float model [default: what was compiled].")
@@ -553,6 +563,342 @@ def cost(
         if plot is not None:
             typer.echo(f"bar charts: {plot}")
     result.check_memory()  # the figures say by how much; the exit code says that it does not fit
+
+
+# -- search ------------------------------------------------------------------------------------
+
+MetricName = Annotated[
+    str,
+    typer.Option(
+        help="What the error is: top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
+        "package.module:name."
+    ),
+]
+Precisions = Annotated[
+    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 [default: all allowed].")
+]
+Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
+Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
+UsedSamples = Annotated[int | None, typer.Option(help="Validation samples to use [default: all].")]
+VectorValues = Annotated[
+    int, typer.Option(help="Values beside the weights that count as memory, at 16 bits each.")
+]
+Workers = Annotated[int, typer.Option(help="Local processes that evaluate.")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="tcp://HOST:PORT", help="A running Dask scheduler instead.")
+]
+SearchedElementwiseBits = Annotated[
+    int, typer.Option(help="Bits, 8 or 16, of activations between other operators.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+@contextmanager
+def _search_progress(*, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Show how far a search is, on a terminal's error stream; nothing in a pipeline."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}", markup=False),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(state: Any) -> None:
+            if state.phase not in tasks:
+                tasks[state.phase] = bar.add_task(state.phase, total=None, rate="", best="")
+            task = tasks[state.phase]
+            speed = bar.tasks[task].speed
+            best = ", ".join(f"{name} {value:.4g}" for name, value in state.best.items())
+            bar.update(
+                task,
+                completed=state.done,
+                total=state.total,
+                rate=f"{speed:.1f}/s" if speed else "",
+                best=f"best: {best}" if best else "",
+            )
+
+        yield update
+
+
+@_command
+def search(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A float ONNX file.", readable=False),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="An accelerator (bitwright targets), or a description (.yaml)."),
+    ] = None,
+    calibration: Calibration = None,
+    validation: Validation = None,
+    test: Annotated[
+        Path | None, _file_option(help="Samples (.npz) to measure the front on at the end.")
+    ] = None,
+    output: Annotated[
+        Path | None, _file_option("--output", "-o", help="The folder of the new study.")
+    ] = None,
+    resume: Annotated[
+        Path | None, _file_option(metavar="DIR", help="Go on with a study instead.")
+    ] = None,
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="error and gains: memory, compression, speedup, mean_speedup, cycles, "
+            "relative_cycles, time, energy, traffic."
+        ),
+    ] = "error,speedup",
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIMIT", help="memory<=2MiB, error<=5%, error<=+2pp (over float)."),
+    ] = None,
+    metric: MetricName = "top1",
+    precisions: Precisions = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PRECISION", help="Layers (or conv*) with a fixed precision."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Layers (or conv*) to leave at the widest precision."),
+    ] = None,
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,NAME", help="Layers (or conv*) that have one precision."),
+    ] = None,
+    start: Annotated[
+        Literal["guided", "plain"],
+        typer.Option(help="First plans: uniform and sensible ones, or chance alone (MOHAQ)."),
+    ] = "guided",
+    algorithm: Annotated[
+        Literal["auto", "nsga2", "exhaustive", "random"],
+        typer.Option(help="auto: everything if that is no more work than NSGA-II."),
+    ] = "auto",
+    population: Annotated[int, typer.Option(help="Plans of a population.")] = 40,
+    offspring: Annotated[int, typer.Option(help="New plans of a generation.")] = 10,
+    generations: Annotated[int, typer.Option(help="Generations, the first one counted.")] = 60,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Stop after so many different plans.")
+    ] = None,
+    time_budget: Annotated[float | None, typer.Option(help="Stop after so many seconds.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many generations without progress.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same front.")] = 1,
+    subsets: Annotated[
+        int, typer.Option(help="Parts of the validation data (MOHAQ: 4); the largest error counts.")
+    ] = 1,
+    samples: UsedSamples = None,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    vector_values: VectorValues = 0,
+    input_shape: InputShape = None,
+    clip: Clip = "mmse",
+    percentile: Percentile = 99.99,
+    per_channel: PerChannel = True,
+    asymmetric: Asymmetric = False,
+    elementwise_bits: SearchedElementwiseBits = 16,
+    batch_size: CalibrationBatch = None,
+    reuse_mib: Annotated[
+        int, typer.Option(help="Memory for intermediate values, in MiB a worker.")
+    ] = 256,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the space and the expected time, and end.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the precision of every layer: the front between error and gains."""
+    from bitwright.searching import search_precisions as run
+
+    with _search_progress(quiet=quiet) as progress:
+        result = run(
+            model,
+            target,
+            calibration=calibration,
+            validation=validation,
+            test=test,
+            output=output,
+            resume=resume,
+            objectives=objectives,
+            constraints=constraint,
+            metric=metric,
+            precisions=precisions,
+            keep=_layer_precisions(keep or []),
+            exclude=exclude,
+            tie=tie,
+            start=start,
+            algorithm=algorithm,
+            population=population,
+            offspring=offspring,
+            generations=generations,
+            evaluations=evaluations,
+            time_budget=time_budget,
+            patience=patience,
+            seed=seed,
+            subsets=subsets,
+            samples=samples,
+            workers=workers,
+            scheduler=scheduler,
+            vector_values=vector_values,
+            input_shapes=_input_shapes(input_shape or []),
+            clip=clip,
+            percentile=percentile,
+            per_channel=per_channel,
+            asymmetric=asymmetric,
+            elementwise_bits=elementwise_bits,
+            batch_size=batch_size,
+            reuse_mib=reuse_mib,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    elif not quiet:
+        from bitwright.search_tables import print_search
+
+        print_search(result)
+
+
+StudyFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder of a study.", readable=False)
+]
+
+
+@_command
+def front(
+    study: StudyFolder,
+    best: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LIMIT", help="Pick the best plan that meets limits: error<=+1pp."),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="What it is best in [default: the first gain].")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the names of plans alone: DIR#number.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the plans that a search found, or pick one."""
+    from bitwright.searching import front as run
+
+    result = run(study, best=best, by=by)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.search_tables import print_front
+
+        print_front(result, quiet=quiet)
+
+
+@_command
+def sensitivity(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A float ONNX file.", readable=False),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="An accelerator (bitwright targets), or a description (.yaml)."),
+    ] = None,
+    calibration: Calibration = None,
+    validation: Validation = None,
+    study: Annotated[
+        Path | None,
+        _file_option(metavar="DIR", help="Take all that from a study, and add to its report."),
+    ] = None,
+    metric: MetricName = "top1",
+    precisions: Precisions = None,
+    samples: UsedSamples = None,
+    vector_values: VectorValues = 0,
+    input_shape: InputShape = None,
+    clip: Clip = "mmse",
+    percentile: Percentile = 99.99,
+    per_channel: PerChannel = True,
+    asymmetric: Asymmetric = False,
+    elementwise_bits: SearchedElementwiseBits = 16,
+    batch_size: CalibrationBatch = None,
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
+    plot: Annotated[
+        Path | None, _file_option(help="Write a heat map into this page (.html).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show the error of each layer at each precision, all others at the widest."""
+    from bitwright.searching import sensitivity as run
+
+    with _progress("evaluating") as progress:
+        result = run(
+            model,
+            target,
+            calibration=calibration,
+            validation=validation,
+            study=study,
+            metric=metric,
+            precisions=precisions,
+            samples=samples,
+            vector_values=vector_values,
+            input_shapes=_input_shapes(input_shape or []),
+            clip=clip,
+            percentile=percentile,
+            per_channel=per_channel,
+            asymmetric=asymmetric,
+            elementwise_bits=elementwise_bits,
+            batch_size=batch_size,
+            workers=workers,
+            scheduler=scheduler,
+            plot=plot,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.search_tables import print_sensitivity
+
+        print_sensitivity(result)
+        if plot is not None:
+            typer.echo(f"heat map: {plot}")
+
+
+@_command
+def report(
+    study: StudyFolder,
+    output: Annotated[
+        Path | None, _file_option("--output", "-o", help="The page to write (.html).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page about a study, or (--json) what it shows."""
+    from bitwright.reporting import report as run
+
+    if output is None and not as_json:
+        raise UsageError("there is no page to write", fix="name one: --output report.html")
+    result = run(study, output=output, overwrite=overwrite)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(f"report: {output}")
 
 
 _targets = typer.Typer()

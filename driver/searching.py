@@ -74,7 +74,7 @@ __all__ = [
     "front",
     "plan_of_study",
     "quantization_of_study",
-    "search",
+    "search_precisions",
     "sensitivity",
 ]
 
@@ -167,6 +167,8 @@ class Front:
         The course of the search.
     float_test_error
         Of the float model on the test data, as shown; None without.
+    picked
+        The point that was asked for.
     """
 
     folder: Path
@@ -179,13 +181,14 @@ class Front:
     hypervolume: float
     generations: tuple[Generation, ...]
     float_test_error: float | None
+    picked: Point | None = None
 
     @property
     def float_error(self) -> float:
         """Of the float model on the validation data, as shown."""
         return self.problem.scale.shown(self.problem.float_error)
 
-    def best(self, constraints: Iterable[str] = (), by: str | None = None) -> Point:
+    def pick(self, constraints: Iterable[str] = (), by: str | None = None) -> Point:
         """Pick a point.
 
         Parameters
@@ -259,6 +262,7 @@ class Front:
             "baselines": [point.to_dict(layers) for point in self.baselines],
             "evaluations": dict(self.evaluations),
             "hypervolume": self.hypervolume,
+            "picked": None if self.picked is None else self.picked.number,
         }
 
 
@@ -276,8 +280,8 @@ class Search:
         How many plans it evaluates at most.
     seconds_per_evaluation
         Measured on the widest plan, with one worker; no other takes longer.
-    expected_seconds
-        For all of them, if none stops early.
+    seconds
+        What the search took; for a dry run what it takes if no evaluation stops early.
     front
         What was found; None for a dry run.
     ended
@@ -290,7 +294,7 @@ class Search:
     algorithm: str
     evaluations: int
     seconds_per_evaluation: float
-    expected_seconds: float
+    seconds: float
     float_error: float
     scale: ErrorScale
     front: Front | None
@@ -304,7 +308,7 @@ class Search:
             "algorithm": self.algorithm,
             "evaluations": self.evaluations,
             "seconds_per_evaluation": self.seconds_per_evaluation,
-            "expected_seconds": self.expected_seconds,
+            "seconds": self.seconds,
             "float_error": self.scale.shown(self.float_error),
             "ended": self.ended,
             "notes": list(self.notes),
@@ -498,7 +502,7 @@ def _settings(
     *,
     metric: str,
     quantization: QuantizationOptions,
-    precisions: Sequence[str | Precision] = (),
+    precisions: str | Sequence[str | Precision] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
     test: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int | None]] | None = None,
@@ -523,6 +527,7 @@ def _settings(
     assert validation is not None
     if not Path(model).is_file():
         raise ModelError("there is no such file", where=str(model))
+    allowed = precisions.split(",") if isinstance(precisions, str) else precisions
     return SearchSettings(
         model=DataFile(path=str(Path(model).absolute()), sha256=_digest(Path(model))),
         target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
@@ -530,7 +535,7 @@ def _settings(
         validation=_data_file(validation),
         test=None if test is None else _data_file(test),
         metric=metric,
-        precisions=tuple(str(Precision.of(entry)) for entry in precisions),
+        precisions=tuple(str(Precision.of(entry)) for entry in allowed or ()),
         keep={name: str(Precision.of(entry)) for name, entry in (keep or {}).items()},
         input_shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
         quantization=quantization,
@@ -555,7 +560,7 @@ def _digest(path: Path) -> str:
 # -- search ------------------------------------------------------------------------------------
 
 
-def search(
+def search_precisions(
     model: str | Path | None = None,
     target: str | Path | None = None,
     *,
@@ -565,12 +570,12 @@ def search(
     output: str | Path | None = None,
     resume: str | Path | None = None,
     objectives: str | Sequence[str] = "error,speedup",
-    constraints: Sequence[str] = (),
+    constraints: Sequence[str] | None = None,
     metric: str = "top1",
-    precisions: Sequence[str | Precision] = (),
+    precisions: str | Sequence[str | Precision] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
-    exclude: Sequence[str] = (),
-    tie: Sequence[str] = (),
+    exclude: Sequence[str] | None = None,
+    tie: Sequence[str] | None = None,
     start: Literal["guided", "plain"] = "guided",
     algorithm: Algorithms = "auto",
     population: int = 40,
@@ -580,7 +585,7 @@ def search(
     time_budget: float | None = None,
     patience: int | None = None,
     seed: int = 1,
-    subsets: int = 4,
+    subsets: int = 1,
     samples: int | None = None,
     workers: int = 1,
     scheduler: str | None = None,
@@ -595,7 +600,6 @@ def search(
     reuse_mib: int = _REUSE_BYTES >> 20,
     dry_run: bool = False,
     progress: Callable[[SearchProgress], None] | None = None,
-    preparing: Callable[[int, int], None] | None = None,
 ) -> Search:
     """Search for the precision of every layer: the front between error and what hardware gains.
 
@@ -640,8 +644,8 @@ def search(
     seed
         Of all randomness: the same seed gives the same front, with any number of workers.
     subsets
-        Parts of the validation data; plans that fail on the first are not run on the others, and
-        the largest error counts.
+        Parts of the validation data, 4 in MOHAQ: plans that fail on the first are not run on the
+        others, and the largest error counts.
     samples
         How many validation samples to use; by default all.
     workers, scheduler
@@ -659,8 +663,6 @@ def search(
         Prepare and time one evaluation, write nothing.
     progress
         Called after each evaluation.
-    preparing
-        Called with calibration samples done and in total.
 
     Raises
     ------
@@ -671,6 +673,11 @@ def search(
     Interrupted
         By Ctrl-C; nothing finished is lost.
     """
+
+    def preparing(done: int, total: int) -> None:
+        if progress is not None:
+            progress(SearchProgress("calibrating", done, total))
+
     stops = Stops(generations, evaluations, time_budget, patience)
     _check_numbers(
         {"generations": generations, "evaluations": evaluations, "patience": patience,
@@ -710,12 +717,12 @@ def search(
         validation,
         test=test,
         objectives=tuple([objectives] if isinstance(objectives, str) else objectives),
-        constraints=tuple(constraints),
+        constraints=tuple(constraints or ()),
         metric=metric,
         precisions=precisions,
         keep=keep,
-        exclude=tuple(exclude),
-        tie=tuple(tie),
+        exclude=tuple(exclude or ()),
+        tie=tuple(tie or ()),
         start=start,
         algorithm="nsga2" if algorithm == "auto" else algorithm,
         population=population,
@@ -781,7 +788,7 @@ def _rehearse(settings: SearchSettings, prepared: _Prepared, stops: Stops, worke
         algorithm=settings.algorithm,
         evaluations=count,
         seconds_per_evaluation=seconds[-1],
-        expected_seconds=count * seconds[-1] / workers,
+        seconds=count * seconds[-1] / workers,
         float_error=prepared.problem.float_error,
         scale=prepared.problem.scale,
         front=None,
@@ -864,7 +871,7 @@ def _run(
             engine.problem = problem = replace(prepared.problem, reference=reference)
             ended = engine.run(_algorithm(settings, prepared, problem))
             study.set_meta("ended", ended)
-            _test(study, settings, prepared, problem, workers, scheduler)
+            _test(study, settings, prepared, problem, workers, scheduler, progress)
     found = front(study.folder)
     evaluated = [e for e in study.evaluations() if e.origin != "baseline"]
     seconds = [e.result.seconds for e in evaluated if e.result.status == "ok"]
@@ -875,7 +882,7 @@ def _run(
         algorithm=settings.algorithm,
         evaluations=len(evaluated),
         seconds_per_evaluation=sum(seconds) / max(len(seconds), 1),
-        expected_seconds=time.monotonic() - began,
+        seconds=time.monotonic() - began,
         float_error=prepared.problem.float_error,
         scale=prepared.problem.scale,
         front=found,
@@ -986,6 +993,7 @@ def _test(
     problem: Problem,
     workers: int,
     scheduler: str | None,
+    progress: Callable[[SearchProgress], None] | None,
 ) -> None:
     """Measure the plans of the front, and the float model, on the test data."""
     if settings.test is None:
@@ -1002,9 +1010,11 @@ def _test(
     study.set_meta("float_test_error", float_error)
     with open_pool(job, workers=workers, scheduler=scheduler) as pool:
         numbered = dict(enumerate(plans))
-        for number, result in pool.evaluate(numbered):
+        for done, (number, result) in enumerate(pool.evaluate(numbered), start=1):
             if result.error is not None:
                 study.set_test(numbered[number], result.error, result.samples)
+            if progress is not None:
+                progress(SearchProgress("testing", done, len(plans)))
 
 
 def _layer_costs(prepared: _Prepared) -> dict[str, dict[str, dict[str, float]]]:
@@ -1032,18 +1042,25 @@ def _layer_costs(prepared: _Prepared) -> dict[str, dict[str, dict[str, float]]]:
 # -- front -------------------------------------------------------------------------------------
 
 
-def front(study: str | Path) -> Front:
+def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | None = None) -> Front:
     """Read the front of a study, also while a search is writing it.
 
     Parameters
     ----------
     study
         Its folder.
+    best
+        Limits like ``error<=+1pp``: picks the plan that is best in ``by`` among those that meet
+        all of them.
+    by
+        The objective that is to be best; by default the first that is not the error.
 
     Raises
     ------
     StudyError
         If there is no study, or it is damaged or of another version.
+    UsageError
+        If no plan meets the limits.
     """
     with Study(study) as opened:
         settings, facts = settings_of(opened)
@@ -1056,7 +1073,7 @@ def front(study: str | Path) -> Front:
     for entry in evaluations:
         counts[entry.result.status] = counts.get(entry.result.status, 0) + 1
     # Before the reference point is known there is nothing to compare.
-    best = problem.front(evaluations) if problem.reference else []
+    entries = problem.front(evaluations) if problem.reference else []
     baselines = [
         entry
         for entry in evaluations
@@ -1067,18 +1084,21 @@ def front(study: str | Path) -> Front:
     def point(entry: Evaluation) -> Point:
         return _point(entry, problem, tests)
 
-    return Front(
+    found = Front(
         folder=Path(study),
         settings=settings,
         facts=facts,
         problem=problem,
-        points=tuple(map(point, best)),
+        points=tuple(map(point, entries)),
         baselines=tuple(point(e) for e in baselines if e.result.error is not None),
         evaluations=counts,
         hypervolume=problem.hypervolume(evaluations) if problem.reference else 0.0,
         generations=generations,
         float_test_error=None if float_test is None else problem.scale.shown(float_test),
     )
+    if best is None and by is None:
+        return found
+    return replace(found, picked=found.pick(best or (), by))
 
 
 def _point(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[float, int]]) -> Point:
@@ -1158,7 +1178,7 @@ def sensitivity(
     validation: str | Path | None = None,
     study: str | Path | None = None,
     metric: str = "top1",
-    precisions: Sequence[str | Precision] = (),
+    precisions: str | Sequence[str | Precision] | None = None,
     samples: int | None = None,
     vector_values: int = 0,
     input_shapes: Mapping[str, Sequence[int | None]] | None = None,
@@ -1173,30 +1193,27 @@ def sensitivity(
     plot: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    preparing: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Measure the error of each layer's precisions, all other layers at the widest.
 
     Parameters
     ----------
     model, target, calibration, validation, metric, precisions, samples
-        As in :func:`search`; or
+        As in :func:`search_precisions`; or
     study
         the folder of a study, which says all that, and keeps what is found for its report.
     vector_values, input_shapes
-        As in :func:`search`.
+        As in :func:`search_precisions`.
     clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     workers, scheduler
-        As in :func:`search`.
+        As in :func:`search_precisions`.
     plot
         A file for the errors as a heat map: a page (``.html``) that needs no network.
     overwrite
         Whether ``plot`` may exist.
     progress
-        Called with evaluations done and in total.
-    preparing
-        Called with calibration samples done and in total.
+        Called with calibration samples done and in total, then with evaluations.
 
     Raises
     ------
@@ -1216,7 +1233,7 @@ def sensitivity(
         with Study(study, write=True) as opened:
             settings, facts = settings_of(opened)
             _refuse_changes(settings)
-            prepared = _prepare(settings, preparing)
+            prepared = _prepare(settings, progress)
             _refuse_other_study(prepared, facts, opened.folder)
             with _resumable(opened.folder):
                 found = _sensitivity(prepared, opened, workers, scheduler, progress)
@@ -1236,7 +1253,7 @@ def sensitivity(
                 clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
             ),
         )
-        prepared = _prepare(settings, preparing)
+        prepared = _prepare(settings, progress)
         found = _sensitivity(prepared, None, workers, scheduler, progress)
     if picture is not None:
         from bitwright.plots import sensitivity_page

@@ -24,6 +24,8 @@ from bitwright.targets.schema import entries as numbers
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [
+    "new_console",
+    "new_table",
     "print_applied_passes",
     "print_artifact",
     "print_comparison",
@@ -37,15 +39,17 @@ __all__ = [
 ]
 
 
-def _console(width: int | None = None) -> Console:
+def new_console(width: int | None = None) -> Console:
+    """Where tables are printed."""
     # Names of layers may hold what looks like an emoji's name.
     console = Console(highlight=False, emoji=False, width=width)
     if width is None and not console.is_terminal:
-        return _console(width=200)  # a pipe has no width to fit
+        return new_console(width=200)  # a pipe has no width to fit
     return console
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """A table whose columns are aligned to the left, and to the right for numbers."""
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for number, heading in enumerate(left):
         table.add_column(heading, overflow="fold", no_wrap=number == 0)
@@ -78,9 +82,9 @@ def _kind(layer: Layer) -> str:
 
 def print_inspection(result: Inspection) -> None:
     """Print layers and the reasons why the other operators are none."""
-    console = _console()
+    console = new_console()
     quantized = bool(result.precisions)
-    table = _table(
+    table = new_table(
         f"{Path(result.source).name}: {len(result.layers)} layers",
         ["layer", "kind", "input", "weights", "output"],
         [*(["precision"] if quantized else []), "MACs", "share", "weights", "share"],
@@ -120,7 +124,7 @@ def print_inspection(result: Inspection) -> None:
     for other in result.others:
         groups.setdefault((other.reason, other.operator), []).append(other.name)
     if groups:
-        rest = _table("not layers", ["operator", "why"], ["count"])
+        rest = new_table("not layers", ["operator", "why"], ["count"])
         rest.add_column("for example", overflow="fold")
         for (reason, operator), names in sorted(groups.items(), key=lambda item: item[0]):
             rest.add_row(escape(operator), escape(reason), str(len(names)), escape(names[0]))
@@ -141,8 +145,8 @@ def _kept(entry: TensorSummary) -> str:
 
 def print_quantized(result: Quantized, model: Path, output: Path) -> None:
     """Print ranges, clips, noise and sizes of every layer of a freshly quantized model."""
-    console = _console()
-    table = _table(
+    console = new_console()
+    table = new_table(
         f"{model.name} quantized: {output}",
         ["layer", "precision", "input", "range", "kept"],
         ["input SQNR", "weight SQNR", "weights kept", "bias", "weight bytes"],
@@ -184,8 +188,8 @@ def print_quantized(result: Quantized, model: Path, output: Path) -> None:
 
 def print_comparison(result: Comparison) -> None:
     """Print how many codes agree in every region."""
-    console = _console()
-    table = _table(
+    console = new_console()
+    table = new_table(
         f"{Path(result.source).name}: integer reference against onnxruntime, "
         f"{result.samples} samples",
         ["region", "kind"],
@@ -218,7 +222,7 @@ _FORMS: Final[Mapping[Form, str]] = {
 
 
 def _layer_table(layers: Iterable[LayerEntry], title: str) -> Table:
-    table = _table(
+    table = new_table(
         title,
         ["layer", "operator", "precision", "kernel"],
         ["accumulator", "weights", "bytes", "bytes fp32"],
@@ -239,7 +243,7 @@ def _layer_table(layers: Iterable[LayerEntry], title: str) -> Table:
 
 def _print_host_operators(console: Console, operators: Sequence[HostOperator]) -> None:
     if operators:
-        table = _table("stay float, on the host", ["operator", "name", "why"], [])
+        table = new_table("stay float, on the host", ["operator", "name", "why"], [])
         for entry in operators:
             table.add_row(escape(entry.operator), escape(entry.name), escape(entry.reason))
         console.print(table)
@@ -247,7 +251,7 @@ def _print_host_operators(console: Console, operators: Sequence[HostOperator]) -
 
 def print_artifact(artifact: Artifact) -> None:
     """Print the layers of an artefact, what stays float, and sizes."""
-    console = _console()
+    console = new_console()
     manifest = artifact.manifest
     title = f"{Path(manifest.model.source).name} compiled for {manifest.target}: {artifact.folder}"
     console.print(_layer_table(manifest.layers, title))
@@ -270,9 +274,9 @@ def print_artifact(artifact: Artifact) -> None:
 
 def print_side_by_side(result: SideBySide) -> None:
     """Print what every form of a model reaches, and how equal the outputs are."""
-    console = _console()
+    console = new_console()
     error = result.unit == "fraction" and result.higher_is_better
-    table = _table(
+    table = new_table(
         f"{Path(result.source).name}: {result.samples} samples",
         ["form"],
         [result.metric, *(["error"] if error else []), "seconds", "ms a sample", "equal", "close"],
@@ -311,12 +315,12 @@ def _options(options: Mapping[str, Any]) -> str:
 
 def print_passes(result: Passes) -> None:
     """Print the passes that are installed, and their options."""
-    console = _console()
+    console = new_console()
     for entry in result.available:
         console.print(f"[bold]{escape(entry.name)}[/bold]  {escape(_plain(entry.summary))}")
         for heading, text in (("requires", entry.requires), ("ensures", entry.ensures)):
             console.print(escape(f"{heading}: {_plain(text)}"), style="dim")
-    options = _table("options", ["pass", "option", "type", "default", "what it does"], [])
+    options = new_table("options", ["pass", "option", "type", "default", "what it does"], [])
     for entry in result.available:
         for option in entry.options:
             shown = (entry.name, option.name, option.type, option.default, option.help)
@@ -332,9 +336,11 @@ def _plain(text: str) -> str:
 
 def print_applied_passes(result: Passes, artifact: Path) -> None:
     """Print which passes made an artefact, and what they did to its model."""
-    console = _console()
+    console = new_console()
     counts = ["quantizers", "float operators", "integer operators", "layers", "parameters"]
-    table = _table(f"{artifact.name}: what there was after each pass", ["pass", "options"], counts)
+    table = new_table(
+        f"{artifact.name}: what there was after each pass", ["pass", "options"], counts
+    )
     for entry in result.applied:
         table.add_row(
             escape(entry.name),
@@ -364,8 +370,8 @@ def _widths(accelerator: Accelerator) -> str:
 
 def print_targets(found: Installed) -> None:
     """Print the accelerators and what they can do."""
-    console = _console()
-    table = _table(
+    console = new_console()
+    table = new_table(
         "targets",
         ["target", "what it is", "precisions", "cost model"],
         ["weight memory", "clock", "source"],
@@ -390,7 +396,7 @@ def print_targets(found: Installed) -> None:
 
 def print_target(accelerator: Accelerator) -> None:
     """Print the description of an accelerator: every number, its unit and where it comes from."""
-    console = _console()
+    console = new_console()
     console.print(f"[bold]{escape(accelerator.name)}[/bold]  {escape(accelerator.summary)}")
     console.print(f"precisions of a layer: {escape(str(accelerator.precisions))}")
     console.print(escape(f"  as in: {accelerator.precisions.source}"))
@@ -399,7 +405,7 @@ def print_target(accelerator: Accelerator) -> None:
     console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
     model = accelerator.cost_model
     console.print(escape(f"cost model: {'none' if model is None else model.model}"))
-    table = _table("numbers", ["field", "unit", "basis", "source"], ["value"])
+    table = new_table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis
         value = escape(units.plain(entry.value))
@@ -490,17 +496,17 @@ def _cost_columns(result: Cost, name_width: int) -> list[_Column]:
 
 def print_cost(result: Cost) -> None:
     """Print what every layer of a model costs on an accelerator, and all of them together."""
-    console = _console()
+    console = new_console()
     total = result.cost
     columns = _fitting(_cost_columns(result, _NAME_WIDTHS[0]), _UNLIMITED)
     if not console.is_terminal:  # nothing is left out in a pipe
-        console = _console(width=max(200, sum(column.width + 3 for column in columns) + 1))
+        console = new_console(width=max(200, sum(column.width + 3 for column in columns) + 1))
     shown = columns
     for name_width in _NAME_WIDTHS:  # a shorter name rather than a column less
         shown = _fitting(_cost_columns(result, name_width), console.width)
         if len(shown) == len(columns):
             break
-    table = _table(f"{Path(result.source).name} on {total.target}", [], [])
+    table = new_table(f"{Path(result.source).name} on {total.target}", [], [])
     for column in shown:
         left = column.heading in ("layer", "kind", "precision")
         table.add_column(column.heading, justify="left" if left else "right", no_wrap=True)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -49,18 +50,21 @@ class SearchProgress:
 
     Attributes
     ----------
+    phase
+        ``calibrating`` (samples), ``searching`` (different plans) or ``testing`` (plans).
     done, total
-        Different plans evaluated, and how many it may become.
+        How much of the phase is done, and how much it may become.
     best
         Best value of each objective among the plans of the front, by name, as shown.
     hypervolume
         Of the last generation.
     """
 
+    phase: Literal["calibrating", "searching", "testing"]
     done: int
     total: int
-    best: Mapping[str, float]
-    hypervolume: float
+    best: Mapping[str, float] = field(default_factory=dict)
+    hypervolume: float = 0.0
 
 
 @dataclass
@@ -196,6 +200,7 @@ class Engine:
         if self.progress is not None and origin != "baseline":
             self.progress(
                 SearchProgress(
+                    "searching",
                     len(self._asked & self._known.keys()),
                     self.total,
                     self._best,

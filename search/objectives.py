@@ -106,7 +106,8 @@ class ErrorScale:
         """The error: 1 - value for shares that should be high, -value for the rest of these."""
         if not self.higher_is_better:
             return value
-        return 1.0 - value if self.unit == "fraction" else -value
+        # Rounded, as 1 - 0.993 is not quite 0.007.
+        return round(1.0 - value, 12) if self.unit == "fraction" else -value
 
     @property
     def shown_unit(self) -> str:
@@ -116,7 +117,7 @@ class ErrorScale:
     def shown(self, error: float) -> float:
         """An error as people read it: in percent, or as the metric itself."""
         if self.unit == "fraction":
-            return 100.0 * error
+            return round(100.0 * error, 10)
         return -error if self.higher_is_better else error
 
     @property

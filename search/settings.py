@@ -36,7 +36,7 @@ class DataFile(_Data):
 class SearchSettings(_Data):
     """All that decides which plans a search looks at, and what it finds about them.
 
-    The attributes are the parameters of :func:`bitwright.search`.
+    The attributes are the parameters of :func:`bitwright.search_precisions`.
     """
 
     model: DataFile
@@ -56,7 +56,7 @@ class SearchSettings(_Data):
     population: int = 40
     offspring: int = 10
     seed: int = 1
-    subsets: int = 4
+    subsets: int = 1
     samples: int | None = None
     vector_values: int = 0
     input_shapes: dict[str, list[int | None]]
