@@ -185,7 +185,10 @@ PrecisionOfAll = Annotated[
     str | None, typer.Option(help="Precision of all layers of a float model, e.g. w8a8.")
 ]
 PlanFile = Annotated[
-    Path | None, _file_option(help="A precision plan (JSON) instead of --precision.")
+    str | None,
+    typer.Option(
+        metavar="PLAN", help="A precision plan instead: a file (JSON), or DIR#3 of a study."
+    ),
 ]
 Clip = Annotated[Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")]
 Percentile = Annotated[
@@ -395,8 +398,14 @@ def compare(
 @_command
 def compile_(
     model: Model,
-    target: Target,
     output: Annotated[Path, _file_option("--output", "-o", help="The folder to write.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="An accelerator (bitwright targets), or a description (.yaml) "
+            "[default: that of the study of --plan DIR#3]."
+        ),
+    ] = None,
     precision: PrecisionOfAll = None,
     plan: PlanFile = None,
     calibration: Annotated[

@@ -42,7 +42,7 @@ from bitwright.errors import (
     first_line,
 )
 from bitwright.files import write_atomically
-from bitwright.planning import plan_for, plan_of
+from bitwright.planning import is_study_plan, plan_for, plan_of
 from bitwright.quant.float_ops import Array
 from bitwright.quant.layers import find_layers, layer_nodes
 from bitwright.quant.load import Model, ValueType, load
@@ -128,7 +128,7 @@ def describe_target(target: str | Path) -> targets.Accelerator:
 
 def compile(  # noqa: A001 - the command's name
     model: str | Path,
-    target: str | Path,
+    target: str | Path | None = None,
     *,
     output: str | Path,
     precision: str | Precision | None = None,
@@ -155,15 +155,17 @@ def compile(  # noqa: A001 - the command's name
         An ONNX file. A float model is quantized first; a model that is quantized already, by
         bitwright or another tool, is taken as it is, without any option of quantization.
     target
-        An accelerator: its name, or the path of its description.
+        An accelerator: its name, or the path of its description; by default that of the study
+        that the plan is from.
     output
         The folder to write.
     precision
         For a float model: one precision for all layers, for example ``w8a8``; or
     plan
-        a precision plan, or the file of one.
+        a precision plan, the file of one, or a plan of a study: ``DIR#3``.
     calibration
-        For a float model: a few hundred real samples, as in :func:`bitwright.quantize`.
+        For a float model: a few hundred real samples, as in :func:`bitwright.quantize`. By default,
+        with a plan of a study, those of the study, and its options of quantization.
     input_shapes
         Fixes symbolic sizes of the inputs; None leaves one symbolic. Kernels want the sizes of
         images fixed: TVM's own, slow code computes the layers of others. Batches may be symbolic.
@@ -195,9 +197,6 @@ def compile(  # noqa: A001 - the command's name
     """
     folder = check_output_folder(output, overwrite=overwrite)
     dumps = None if dump_ir is None else _dump_folder(dump_ir)
-    accelerator = targets.get(target)
-    loaded = load(model)
-    _refuse_other_quantization(loaded)
     options: dict[str, Any] = {
         "clip": clip,
         "percentile": percentile,
@@ -205,6 +204,15 @@ def compile(  # noqa: A001 - the command's name
         "asymmetric": asymmetric,
         "batch_size": batch_size,
     }
+    if is_study_plan(plan):
+        target, calibration, options = _as_in_study(str(plan), target, calibration, options)
+    if target is None:
+        raise UsageError(
+            "there is no target", fix="name one: --target; bitwright targets lists them"
+        )
+    accelerator = targets.get(target)
+    loaded = load(model)
+    _refuse_other_quantization(loaded)
     choice: dict[str, Any] = {
         "precision": precision,
         "plan": plan,
@@ -290,6 +298,26 @@ def compile(  # noqa: A001 - the command's name
         )
     log.unlink(missing_ok=True)  # of an earlier try
     return load_artifact(folder)
+
+
+def _as_in_study(
+    plan: str, target: Any, calibration: Any, options: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Fill in from a study what is not given: its figures are those of its own calibration."""
+    from bitwright.searching import quantization_of_study
+
+    study_target, file, study_options = quantization_of_study(plan)
+    target = study_target if target is None else target
+    if calibration is not None:
+        return target, calibration, options
+    defaults = signature(compile).parameters
+    if given := [name for name, value in options.items() if value != defaults[name].default]:
+        raise UsageError(
+            f"the study of {plan} says how to quantize, and there is "
+            f"--{given[0].replace('_', '-')}",
+            fix="leave it out, or name the samples to quantize with, too: --calibration FILE.npz",
+        )
+    return target, file, study_options
 
 
 _OTHER_QUANTIZATION = frozenset(

@@ -13,7 +13,7 @@ from bitwright.quant.quantizer import fit_plan
 from bitwright.targets import Accelerator
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["make_plan", "plan_for", "plan_of", "resolve_plan"]
+__all__ = ["is_study_plan", "make_plan", "plan_for", "plan_of", "resolve_plan"]
 
 
 def make_plan(
@@ -65,6 +65,11 @@ def make_plan(
     return plan
 
 
+def is_study_plan(plan: object) -> bool:
+    """Whether a plan is named by a study and a number, ``DIR#3``, and not by a file."""
+    return isinstance(plan, str | Path) and "#" in str(plan) and not Path(plan).exists()
+
+
 def resolve_plan(
     model: Model,
     precision: str | Precision | None,
@@ -98,6 +103,10 @@ def resolve_plan(
     if isinstance(plan, PrecisionPlan):
         return fit_plan(model, plan)
     assert plan is not None
+    if is_study_plan(plan):
+        from bitwright.searching import plan_of_study
+
+        return fit_plan(model, plan_of_study(str(plan)), where=str(plan))
     try:
         text = Path(plan).read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except FileNotFoundError:

@@ -113,7 +113,7 @@ def print_front(found: Front, *, quiet: bool = False) -> None:
     if not found.points:
         out.print("no plan meets the constraints yet")
     else:
-        chosen = found.picked or found.pick()
+        chosen = found.picked or found.points[0]
         name = f"{found.folder}#{chosen.number}"
         out.print(
             f"to compile one: bitwright compile {found.settings.model.path} --plan '{name}' "

@@ -805,21 +805,24 @@ def _refuse_changes(settings: SearchSettings) -> None:
         ("validation data", settings.validation),
         ("test data", settings.test),
     ):
-        if file is None:
-            continue
-        path = Path(file.path)
-        if not path.is_file():
-            raise StudyError(
-                f"the {what} of the study is not there any more",
-                where=file.path,
-                fix="put it back where it was",
-            )
-        if _digest(path) != file.sha256:
-            raise StudyError(
-                f"the {what} of the study has changed since the search began",
-                where=file.path,
-                fix="bring it back as it was, or search again into another folder",
-            )
+        if file is not None:
+            _refuse_change(what, file)
+
+
+def _refuse_change(what: str, file: DataFile) -> None:
+    path = Path(file.path)
+    if not path.is_file():
+        raise StudyError(
+            f"the {what} of the study is not there any more",
+            where=file.path,
+            fix="put it back where it was",
+        )
+    if _digest(path) != file.sha256:
+        raise StudyError(
+            f"the {what} of the study has changed since the search began",
+            where=file.path,
+            fix="bring it back as it was, or search again into another folder",
+        )
 
 
 def _refuse_other_study(prepared: _Prepared, facts: StudyFacts, folder: Path) -> None:
@@ -1150,9 +1153,16 @@ def plan_of_study(reference: str) -> PrecisionPlan:
 
 
 def quantization_of_study(reference: str) -> tuple[str, str, dict[str, Any]]:
-    """Target, calibration file and options of quantization with which a study evaluated plans."""
+    """Target, calibration file and options of quantization with which a study evaluated plans.
+
+    Raises
+    ------
+    StudyError
+        If there is no such study, or its calibration data are not what they were.
+    """
     with Study(reference.rpartition("#")[0]) as study:
         settings, _ = settings_of(study)
+    _refuse_change("calibration data", settings.calibration)
     options = settings.quantization
     return (
         settings.target,

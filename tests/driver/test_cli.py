@@ -33,16 +33,26 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "run": bitwright.run,
     "passes": bitwright.describe_passes,
     "cost": bitwright.cost,
+    "front": bitwright.front,
+    "report": bitwright.report,
+    "search": bitwright.search_precisions,
+    "sensitivity": bitwright.sensitivity,
     "targets": bitwright.describe_targets,
     "targets show": bitwright.describe_target,
 }
 Words: TypeAlias = list[str | Path]
 
 # Repeated options of the command line are one mapping of the function.
-NAMES = {"input_shape": "input_shapes", "layer": "layers"}
+NAMES = {"constraint": "constraints", "input_shape": "input_shapes", "layer": "layers"}
 
 # Parameters that are no option of the same name.
-SHOWN = {"model": "MODEL", "artifact": "DIR", "as_json": "--json", "float_model": "--float"}
+SHOWN = {
+    "model": "MODEL",
+    "artifact": "DIR",
+    "as_json": "--json",
+    "float_model": "--float",
+    "study": "DIR",
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +135,7 @@ def test_options_and_defaults_are_those_of_the_function(name: str) -> None:
     parameters = dict(inspect.signature(FUNCTIONS[name]).parameters)
     options.pop("as_json", None)  # how to print
     options.pop("context", None)  # typer's
+    options.pop("quiet", None)
     parameters.pop("progress", None)  # the progress bar
     assert {NAMES.get(option, option) for option in options} == set(parameters)
     for option, described in options.items():
