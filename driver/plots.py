@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from bitwright.vocabulary import LayerCost
+from bitwright.vocabulary import LayerCost, Precision
 
 if TYPE_CHECKING:
     from bitwright.costing import Cost
+    from bitwright.searching import Sensitivity
 
-__all__ = ["cost_page"]
+__all__ = ["cost_page", "layer_heat_map", "sensitivity_page"]
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 _COLORS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _ROW_HEIGHT: Final = 300  # pixels
+_CELL_HEIGHT: Final = 22  # pixels, of a heat map
+_LONGEST_NAME: Final = 26  # characters beside a heat map; a hover shows all
 
 Part: TypeAlias = Callable[[LayerCost], float]
 
@@ -117,6 +120,121 @@ def cost_page(result: Cost) -> str:
         margin={"t": 180},
     )
     return _page(title, figure)
+
+
+def sensitivity_page(found: Sensitivity, source: str) -> str:
+    """Make a page with a heat map of the error of each layer at each precision.
+
+    Parameters
+    ----------
+    found
+        What was measured.
+    source
+        The model's file.
+    """
+    scale, bases = found.scale, {str(precision) for precision in found.base}
+    unit = f" {scale.shown_unit}" if scale.shown_unit else ""
+    base = min(bases) if len(bases) == 1 else "their widest precision"
+    measured = "none" if found.base_error is None else f"{found.base_error:.4g}{unit}"
+    title = f"{Path(source).name} on {found.target}: sensitivity"
+    said = (
+        f"{scale.name} with one layer at a precision and all others at {base} (all: {measured}; "
+        f"float model: {found.float_error:.4g}{unit}; {found.samples:,} samples)"
+    )
+    figure = layer_heat_map(
+        {
+            name: {str(precision): error for precision, error in row.items()}
+            for name, row in found.errors.items()
+        },
+        name=scale.name,
+        unit=scale.shown_unit,
+        higher_is_better=scale.maximize,
+    )
+    figure.update_layout(title_text=f"{_text(title)}<br><sup>{_text(said)}</sup>")
+    figure.update_layout(margin_t=120, height=figure.layout.height + 80)
+    return _page(title, figure)
+
+
+def layer_heat_map(
+    rows: Mapping[str, Mapping[str, float | None]],
+    *,
+    name: str,
+    unit: str,
+    higher_is_better: bool,
+) -> Any:
+    """Draw numbers about layers at precisions; dark is bad.
+
+    Parameters
+    ----------
+    rows
+        Layer name to precision to number; None where there is none, which shows as a dash.
+    name, unit
+        What the numbers are.
+    higher_is_better
+        Which of them are good.
+    """
+    from plotly.graph_objects import Figure, Heatmap
+
+    columns = sorted({text for row in rows.values() for text in row}, key=_bits)
+    cells, texts, hover = [], [], []
+    for layer, row in rows.items():
+        cells.append([row.get(column) for column in columns])
+        shown = [_number(row[column]) if column in row else "" for column in columns]
+        texts.append(shown)
+        hover.append(
+            [
+                f"{_text(layer)}, {column}: {value} {_text(unit)}" if value else ""
+                for column, value in zip(columns, shown, strict=True)
+            ]
+        )
+    labels = [_text(_short(layer)) for layer in rows]
+    bar = {"title": {"text": _text(f"{name} ({unit})" if unit else name), "side": "right"}}
+    # The layers are numbered: names that are equal when shortened, or look like numbers, are no
+    # good coordinates.
+    heat = Heatmap(
+        z=cells,
+        x=columns,
+        y=list(range(len(labels))),
+        text=texts,
+        texttemplate="%{text}",
+        hovertext=hover,
+        hoverinfo="text",
+        colorscale="Blues",
+        reversescale=higher_is_better,
+        xgap=1,
+        ygap=1,
+        colorbar=bar,
+    )
+    figure = Figure(heat)
+    figure.update_xaxes(type="category", side="top", showgrid=False)
+    figure.update_yaxes(
+        tickvals=list(range(len(labels))),
+        ticktext=labels,
+        autorange="reversed",
+        automargin=True,
+        showgrid=False,
+    )
+    figure.update_layout(
+        template="plotly_white",
+        height=_CELL_HEIGHT * max(len(labels), 6) + 80,
+        margin={"t": 40, "b": 20},
+    )
+    return figure
+
+
+def _bits(precision: str) -> tuple[int, int]:
+    """From few bits to many."""
+    parsed = Precision.parse(precision)
+    return parsed.weight_bits + parsed.activation_bits, parsed.weight_bits
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _short(name: str) -> str:
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _text(text: str) -> str:

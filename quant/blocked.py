@@ -25,6 +25,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
+from bitwright.quant.float_ops import wrong_optimizers
+
 __all__ = ["BlockedLayout", "use_blocked_convolutions"]
 
 _DOMAIN: Final = "com.microsoft.nchwc"
@@ -198,7 +200,12 @@ def _optimize(proto: onnx.ModelProto) -> onnx.ModelProto:
         options.intra_op_num_threads = 1
         options.optimized_model_filepath = str(path)
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(
+            proto.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=wrong_optimizers(proto),
+        )
         return onnx.load(path)
 
 

@@ -36,7 +36,7 @@ from bitwright.quant.emit import (
     bias_input,
     layer_codes,
 )
-from bitwright.quant.float_ops import Array
+from bitwright.quant.float_ops import Array, wrong_optimizers
 from bitwright.quant.graph import attribute, clamp_bounds, data_inputs, is_move, weight_input
 from bitwright.quant.observers import TensorQuantization, quantize_weights
 from bitwright.quant.quantizer import Calibration
@@ -485,9 +485,7 @@ class FakeQuant:
 
     def use(self, plan: Mapping[str, Precision]) -> None:
         """Set the precision of every layer."""
-        shared: dict[str, dict[str, ort.OrtValue]] = {}
-        for data, names in self._groups.items():
-            shared.update(self._parameters_of(data, names, tuple(plan[n] for n in names)))
+        shared = self.parameters(plan)
         for runner in self._runners:
             for number, slot in enumerate(runner.segment.slots):
                 # Where layers share an input, the precision of another can change the scale.
@@ -498,6 +496,13 @@ class FakeQuant:
                 for name, value in shared[slot.layer].items():
                     runner.binding.bind_ortvalue_input(name, value)
         self._plan = tuple(plan[name] for name in self.model.layers)
+
+    def parameters(self, plan: Mapping[str, Precision]) -> dict[str, dict[str, ort.OrtValue]]:
+        """Layer name to what its slot is fed: input name to value."""
+        found: dict[str, dict[str, ort.OrtValue]] = {}
+        for data, names in self._groups.items():
+            found.update(self._parameters_of(data, names, tuple(plan[n] for n in names)))
+        return found
 
     def run(self, inputs: Mapping[str, ort.OrtValue], key: Hashable = None) -> dict[str, Array]:
         """Compute the model's outputs.
@@ -535,7 +540,8 @@ class FakeQuant:
             if key is not None and number < len(self._runners) - 1:
                 early = {n: values[n] for n in self.model.outputs if n in values}
                 self._keep(keys[number], {**early, **made})
-        return {name: values[name].numpy() for name in self.model.outputs}
+        # Copied: an array of onnxruntime's does not keep the memory alive that it shows.
+        return {name: values[name].numpy().copy() for name in self.model.outputs}
 
     def forget(self) -> None:
         """Let go of what is kept for plans that begin alike."""
@@ -641,4 +647,9 @@ def _session(model: bytes) -> ort.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=wrong_optimizers(onnx.ModelProto.FromString(model)),
+    )

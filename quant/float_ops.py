@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-__all__ = ["Array", "FloatOperator", "captured_values", "make_session"]
+__all__ = ["Array", "FloatOperator", "captured_values", "make_session", "wrong_optimizers"]
 
 Array = npt.NDArray[Any]
 
@@ -24,6 +24,17 @@ Array = npt.NDArray[Any]
 _PARALLEL = frozenset(
     "Attention Conv ConvTranspose Einsum GRU Gemm If LSTM Loop MatMul RNN Scan".split()
 )
+
+
+def wrong_optimizers(model: onnx.ModelProto) -> list[str]:
+    """Optimisations of onnxruntime that would change what a model computes.
+
+    Its rule Pad_Fusion makes padding with zeros, in front of a MaxPool, the padding of the MaxPool,
+    which is with minus infinity (onnxruntime 1.31).
+    """
+    padded = {name for node in model.graph.node if node.op_type == "Pad" for name in node.output}
+    pools = [node for node in model.graph.node if node.op_type == "MaxPool"]
+    return ["Pad_Fusion"] if any(node.input[0] in padded for node in pools) else []
 
 
 def make_session(
@@ -53,9 +64,13 @@ def make_session(
     if lean:
         options.enable_cpu_mem_arena = False
         options.intra_op_num_threads = 1
+    wrong = []
     if isinstance(model, onnx.ModelProto):
+        wrong = wrong_optimizers(model) if optimize else []
         model = model.SerializeToString()
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=wrong
+    )
 
 
 def captured_values(node: ir.Node) -> list[ir.Value]:

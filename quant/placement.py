@@ -37,6 +37,9 @@ class Placement:
         self.roots = elementwise_roots(graph, excluded=self.biases)
         self._leads_to_layer = self._backward()
         self._from_layer = self._forward()
+        # Found at once: whoever writes quantizers changes the graph while it asks.
+        found = {value: self._find_table_root(value) for value in self.roots}
+        self._table_roots = {value: root for value, root in found.items() if root is not None}
 
     def _find_biases(self) -> Iterable[tuple[ir.Node, ir.Node]]:
         """Adds of a constant vector directly behind a MatMul, which are its bias."""
@@ -113,6 +116,9 @@ class Placement:
 
         A chain of clamps alone needs no table: it narrows the range of the codes.
         """
+        return self._table_roots.get(value)
+
+    def _find_table_root(self, value: ir.Value) -> ir.Value | None:
         root = self.roots.get(value)
         if root is None or root not in self._from_layer or value not in self._leads_to_layer:
             return None

@@ -109,7 +109,7 @@ class Engine:
     def run(self, algorithm: Algorithm) -> str:
         """Search; return why it ended."""
         generation = 0
-        best, stale = 0.0, 0
+        best, stale = -1.0, 0  # the initial population has nothing to be better than
         while True:
             genomes = algorithm.ask()
             if not genomes:
@@ -159,6 +159,7 @@ class Engine:
             known = self._known.get(plan)
             if known is not None:
                 found[plan] = known
+                self._note(known)
                 self._next = max(self._next, known.number + 1)
                 continue
             while self._next in taken:
@@ -191,23 +192,28 @@ class Engine:
         entry = Evaluation(number, plan, origin, result, gains)
         self.study.add(entry)
         self._known[plan] = entry
-        if self.problem.reference and self.problem.feasible(entry):
-            values = self.problem.values(result.error, gains)
-            for objective, value in zip(self.problem.objectives, values, strict=True):
-                before = self._best.get(objective.name, value)
-                better = max if objective.maximize else min
-                self._best[objective.name] = better(before, value)
+        self._note(entry)
         if self.progress is not None and origin != "baseline":
             self.progress(
                 SearchProgress(
                     "searching",
                     len(self._asked & self._known.keys()),
                     self.total,
-                    self._best,
+                    dict(self._best),
                     self._hypervolume,
                 )
             )
         return entry
+
+    def _note(self, entry: Evaluation) -> None:
+        """Keep the best values, for progress."""
+        if not self.problem.reference or not self.problem.feasible(entry):
+            return
+        values = self.problem.values(entry.result.error, entry.gains)
+        for objective, value in zip(self.problem.objectives, values, strict=True):
+            before = self._best.get(objective.name, value)
+            better = max if objective.maximize else min
+            self._best[objective.name] = better(before, value)
 
     def _write_generation(self, number: int) -> None:
         entries = [self._known[plan] for plan in self._asked if plan in self._known]

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 from bitwright.errors import DataError, ModelError, RunError, UsageError, first_line
 from bitwright.quant.fake_quant import FakeQuant, FakeQuantModel, fake_quant_model
-from bitwright.quant.float_ops import Array
+from bitwright.quant.float_ops import Array, wrong_optimizers
 from bitwright.quant.load import Model
 from bitwright.quant.metrics import Metric, get_metric
 from bitwright.quant.quantizer import calibrate_model
@@ -425,9 +425,13 @@ def _float_session(model: Model) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
+    proto = model.to_proto()
     try:
         return ort.InferenceSession(
-            model.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
+            proto.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=wrong_optimizers(proto),
         )
     except Exception as error:  # onnxruntime raises several kinds
         raise ModelError(

@@ -264,8 +264,21 @@ def parse_constraint(text: str, error: ErrorScale) -> Constraint:
             where="--constraint",
             fix=f"write {objective.name}{wanted}{number}{unit}",
         )
+    if relative and objective.maximize:
+        raise UsageError(
+            f"{text!r}: only an error can be limited relative to the float model, and "
+            f"{objective.name} is none",
+            where="--constraint",
+            fix=f"write the value itself, {objective.name}{wanted}{number}{unit}",
+        )
     factor = _unit(unit, objective, text, relative=relative)
     limit = float(number) * factor * (-1.0 if sign == "-" else 1.0)
+    if not math.isfinite(limit) or (limit < 0 and objective.unit == "%"):
+        raise UsageError(
+            f"{text!r}: there is no such limit",
+            where="--constraint",
+            fix="an error is at least 0%" if math.isfinite(limit) else "give a number that exists",
+        )
     return Constraint(
         objective.name, ">=" if objective.maximize else "<=", limit, relative, text.strip()
     )
@@ -364,12 +377,10 @@ class Costs:
 
     @cached_property
     def _vector_energy_pj(self) -> float:
-        if not self._vector_bits:
-            return 0.0
-        model = self._accelerator.model_cost(
-            self._layers, self.baseline, vector_values=self._vector_bits // _VECTOR_BITS
-        )
-        return math.nan if model.vector_energy_pj is None else model.vector_energy_pj
+        """Of loading them; like ``ModelCost`` nothing where the cost model does not define it."""
+        vector_values = self._vector_bits // _VECTOR_BITS
+        model = self._accelerator.model_cost((), {}, vector_values=vector_values)
+        return model.vector_energy_pj or 0.0
 
     @cached_property
     def _macs(self) -> npt.NDArray[np.float64]:

@@ -17,6 +17,7 @@ from bitwright.search.study import Evaluation
 __all__ = ["Problem", "references"]
 
 _FAILED = 1e6  # a violation beyond all others
+_INFINITE = 1e100  # a value beyond all others
 _POINTS = 0.10  # how much error more than the float model's the reference point has
 
 Floats = npt.NDArray[np.float64]
@@ -59,10 +60,10 @@ class Problem:
         """The error, less is better, at which a constraint on the error ends."""
         shown = constraint.absolute(self.scale.shown(self.float_error))
         # Back from what people read; a hair more, as 2 % is no exact number.
-        value = shown / 100.0 if self.scale.unit == "fraction" else shown
-        if self.scale.maximize:
-            value = -value
-        return value + 1e-9 * max(abs(value), 1.0)
+        if self.scale.unit == "fraction":
+            return shown / 100.0 + 1e-9
+        value = -shown if self.scale.maximize else shown
+        return value + 1e-9 * abs(value)
 
     def values(self, error: float | None, gains: Mapping[str, float]) -> tuple[float, ...]:
         """The objectives as they are shown; NaN without an error."""
@@ -76,7 +77,9 @@ class Problem:
     def hardware_violations(self, gains: Mapping[str, float]) -> list[float]:
         """How far each limit of the hardware is exceeded, relative to it; 0 where it is met."""
         return [
-            max(constraint.violation(gains.get(constraint.name, math.nan)), 0.0)
+            max(constraint.violation(gains[constraint.name]), 0.0)
+            if constraint.name in gains
+            else _FAILED
             for constraint in self.constraints
             if constraint.name != self.scale.name
         ]
@@ -88,10 +91,10 @@ class Problem:
         if (limit := self.error_limit) is None:
             return [*found, failed]
         beyond = 0.0
-        if result.error is not None:
+        if result.error is not None and result.error > limit:
             # Per point of error rather than relative to a limit that may be next to nothing.
             width = _POINTS if self.scale.unit == "fraction" else max(abs(limit), 1e-12)
-            beyond = max((result.error - limit) / width, 0.0)
+            beyond = min((result.error - limit) / width, _FAILED)
         return [*found, beyond, failed]
 
     def feasible(self, evaluation: Evaluation) -> bool:
@@ -110,7 +113,10 @@ class Problem:
             for objective, value in zip(self.objectives, self.values(error, gains), strict=True)
         ]
         worst = [entry[0] for entry in self.reference]
-        return np.array([w if math.isnan(v) else v for v, w in zip(values, worst, strict=True)])
+        # Infinite errors exist (a perplexity); distances between points must stay numbers.
+        return np.array(
+            [w if math.isnan(v) else _finite(v) for v, w in zip(values, worst, strict=True)]
+        )
 
     def hypervolume(self, evaluations: Iterable[Evaluation]) -> float:
         """Hypervolume of feasible plans, 0 to 1; see :func:`references`."""
@@ -125,8 +131,9 @@ class Problem:
             return 0.0
         worst = np.array([entry[0] for entry in self.reference])
         best = np.array([entry[1] for entry in self.reference])
-        width = np.where(np.isclose(worst, best), 1.0, worst - best)
-        scaled = (np.array(points) - best) / width
+        width = np.where(worst > best, worst - best, 1.0)
+        # Nothing is better than the best; of a metric it is only what the widest plan has.
+        scaled = np.maximum((np.array(points) - best) / width, 0.0)
         inside = scaled[(scaled < 1.0).all(axis=1)]
         if not len(inside):
             return 0.0
@@ -159,6 +166,10 @@ class Problem:
         return sorted(found, key=order)
 
 
+def _finite(value: float) -> float:
+    return min(max(value, -_INFINITE), _INFINITE)
+
+
 def references(
     problem: Problem,
     space: Space,
@@ -171,7 +182,8 @@ def references(
 
     Error: from the float model's plus 10 points to none for shares; for other metrics from that of
     the plan with fewest bits to that of the one with most. Everything else: from what the widest
-    precision of the accelerator has to the best of the space.
+    precision of the accelerator has to the best of the space; where that is no better, from the
+    worst of the space.
     """
     scale = problem.scale
     choices = {name: space.precisions(name) for name in space.layers}
@@ -183,12 +195,15 @@ def references(
                 ends = (problem.float_error + _POINTS, 0.0)
             else:
                 narrow = math.inf if narrowest_error is None else narrowest_error
-                wide = problem.float_error if widest_error is None else widest_error
-                # Infinite, where the plan with fewest bits gives no number.
-                ends = (narrow if math.isfinite(narrow) else wide + abs(wide) + 1.0, wide)
+                wide = _finite(problem.float_error if widest_error is None else widest_error)
+                # The plan with fewest bits may give no number, or by chance the smaller error.
+                useful = math.isfinite(narrow) and narrow > wide
+                ends = (narrow if useful else wide + abs(wide) + 1.0, wide)
             shown = (scale.shown(ends[0]), scale.shown(ends[1]))
         else:
-            low, high = costs.bounds(objective.name, choices)
-            shown = (base[objective.name], high if objective.maximize else low)
+            bounds = costs.bounds(objective.name, choices)
+            best, worst = sorted(bounds, key=objective.cost)
+            useful = objective.cost(base[objective.name]) > objective.cost(best)
+            shown = (base[objective.name] if useful else worst, best)
         found.append((objective.cost(shown[0]), objective.cost(shown[1])))
     return tuple(found)

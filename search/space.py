@@ -187,7 +187,8 @@ def _matching(pattern: str, layers: Sequence[str], option: str) -> list[str]:
     """Layers that a name or a pattern with * and ? stands for."""
     if pattern in layers:
         return [pattern]
-    found = [name for name in layers if fnmatchcase(name, pattern)]
+    # Brackets stand for themselves: names may hold them.
+    found = [name for name in layers if fnmatchcase(name, pattern.replace("[", "[[]"))]
     if not found:
         shown = ", ".join(layers[:12]) + (", ..." if len(layers) > 12 else "")
         raise UsageError(

@@ -13,12 +13,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bitwright.errors import BitwrightError, OutputError, StudyError, first_line
+from bitwright.errors import OutputError, PlanError, StudyError, first_line
 from bitwright.search.evaluator import Result
 from bitwright.search.space import Plan
 from bitwright.vocabulary import Precision
@@ -115,7 +115,10 @@ def plan_text(plan: Plan) -> str:
 
 def is_study(path: str | Path) -> bool:
     """Whether a folder holds a study."""
-    return (Path(path) / _FILE).is_file()
+    try:
+        return (Path(path) / _FILE).is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 class Study:
@@ -141,7 +144,7 @@ class Study:
         self._where = str(folder)
         self._lock: int | None = None
         file = self.folder / _FILE
-        if not file.is_file():
+        if not is_study(folder):
             raise StudyError(
                 "is no study",
                 where=self._where,
@@ -150,11 +153,12 @@ class Study:
         if write:
             self._lock = _acquire(self.folder)
         try:
-            # Read-only where nothing is to be written: a study may lie on a read-only disk.
-            mode = "rw" if write else "ro"
-            self._database = sqlite3.connect(
-                f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=10
-            )
+            # For reading too: what a killed search had half written is taken back. On a read-only
+            # disk SQLite reads only.
+            with self._guarded():
+                self._database = sqlite3.connect(
+                    f"{file.resolve().as_uri()}?mode=rw", uri=True, timeout=10
+                )
             self._check()
         except BaseException:
             self.close()
@@ -182,19 +186,19 @@ class Study:
         temporary = folder / f".{_FILE}.{os.getpid()}"
         try:
             folder.mkdir(exist_ok=True)
-            database = sqlite3.connect(temporary)
-            with database:
+            with closing(sqlite3.connect(temporary)) as database, database:
                 database.executescript(_TABLES)
                 rows = [("schema", SCHEMA_VERSION), *meta.items()]
                 database.executemany(
                     "INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in rows]
                 )
-            database.close()
             temporary.replace(folder / _FILE)
         except (OSError, sqlite3.Error) as error:
-            temporary.unlink(missing_ok=True)
-            if made and folder.exists():
-                folder.rmdir()
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
+                if made:
+                    folder.rmdir()
             raise OutputError(f"cannot be written ({error})", where=str(folder)) from error
         return cls(folder, write=True)
 
@@ -217,8 +221,10 @@ class Study:
         with self._guarded():
             found = self._database.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
             version = None if found is None else json.loads(found[0])
+            if not isinstance(version, int):
+                raise TypeError(f"schema version {version}")
         if version != SCHEMA_VERSION:
-            older = isinstance(version, int) and version < SCHEMA_VERSION
+            older = version < SCHEMA_VERSION
             raise StudyError(
                 f"has schema version {version}; this version of bitwright reads {SCHEMA_VERSION}",
                 where=self._where,
@@ -228,14 +234,12 @@ class Study:
             )
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self, *, writing: bool = False) -> Iterator[None]:
         try:
             yield
-        except BitwrightError:
-            raise
         except sqlite3.OperationalError as error:
             text = str(error)
-            if "full" in text or "readonly" in text or "disk I/O" in text or "locked" in text:
+            if writing:
                 raise OutputError(
                     f"cannot be written ({text})",
                     where=self._where,
@@ -243,7 +247,7 @@ class Study:
                     "bitwright search --resume",
                 ) from error
             raise StudyError(f"cannot be read ({text})", where=self._where) from error
-        except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
+        except (sqlite3.Error, PlanError, ValueError, TypeError, AttributeError) as error:
             raise StudyError(
                 f"is damaged ({first_line(error)})",
                 where=self._where,
@@ -260,7 +264,7 @@ class Study:
 
     def set_meta(self, key: str, value: Any) -> None:
         """Write under a key."""
-        with self._guarded(), self._database:
+        with self._guarded(writing=True), self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value))
             )
@@ -283,7 +287,7 @@ class Study:
             json.dumps(dict(evaluation.gains)),
             time.time(),
         )
-        with self._guarded(), self._database:
+        with self._guarded(writing=True), self._database:
             self._database.execute(
                 "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row
             )
@@ -301,7 +305,7 @@ class Study:
 
     def set_generation(self, generation: Generation) -> None:
         """Write how far the search is; what was written before is left as it is."""
-        with self._guarded(), self._database:
+        with self._guarded(writing=True), self._database:
             self._database.execute(
                 "INSERT OR IGNORE INTO generations VALUES (?, ?, ?, ?)",
                 (
@@ -324,7 +328,7 @@ class Study:
 
     def set_test(self, plan: Plan, error: float, samples: int) -> None:
         """Write a plan's error on the test data."""
-        with self._guarded(), self._database:
+        with self._guarded(writing=True), self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO tests VALUES (?, ?, ?)", (plan_text(plan), error, samples)
             )
@@ -337,7 +341,7 @@ class Study:
 
     def set_sensitivity(self, layer: str, precision: Precision, result: Result) -> None:
         """Write the error of a plan in which one layer alone has a precision."""
-        with self._guarded(), self._database:
+        with self._guarded(writing=True), self._database:
             self._database.execute(
                 "INSERT OR REPLACE INTO sensitivity VALUES (?, ?, ?, ?)",
                 (layer, str(precision), result.error, result.message),
@@ -409,8 +413,14 @@ def _acquire(folder: Path) -> int:
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
+        if not isinstance(error, BlockingIOError):  # some network file systems have no locks
+            raise OutputError(
+                f"cannot be locked ({error.strerror})",
+                where=str(folder),
+                fix="copy it to a local disk",
+            ) from error
         raise StudyError(
             "is being written by another search",
             where=str(folder),
