@@ -26,8 +26,12 @@ demo: $(VENV)/.dev ## compile LeNet-5 for two accelerators, run it on real digit
 	$(PY) examples/lenet_digits/demo.py
 
 .PHONY: test
-test: $(VENV)/.dev ## run the fast tests
+test: $(VENV)/.dev browser ## run the fast tests
 	$(PYTEST) -m "not slow"
+
+.PHONY: browser
+browser: $(VENV)/.dev ## get a browser for the tests of pages, if the machine has none (needs npm)
+	@$(PY) -m tests.browser || true # without one these tests skip, and say so
 
 .PHONY: test-slow
 test-slow: $(VENV)/.examples ## run the slow tests: real models, training (needs PyTorch)

@@ -213,6 +213,7 @@ def layer_heat_map(
         autorange="reversed",
         automargin=True,
         showgrid=False,
+        zeroline=False,
     )
     figure.update_layout(
         template="plotly_white",

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -236,8 +237,10 @@ def _read(folder: str | Path) -> Report:
 def _brief(point: Point, layers: Sequence[str]) -> dict[str, Any]:
     """A plan that is one of thousands: its precisions in the order of the layers."""
     document = point.to_dict(layers)
-    precisions = list(document.pop("plan").values())
-    return {**document, "precisions": precisions}
+    names = ("number", "origin", "objectives", "gains", "overall_error", "test_error")
+    return {name: document[name] for name in names} | {
+        "precisions": list(document["plan"].values())
+    }
 
 
 def _finite(value: Any) -> Any:
@@ -306,7 +309,8 @@ def _page(found: Report) -> str:
     environment = Environment(
         loader=PackageLoader("bitwright"), autoescape=True, undefined=StrictUndefined
     )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # and in the order of layers
+    # Short, and in the order of the layers.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment.get_template("report.html.j2").render(
         found=found,
         front=found.front,
@@ -357,12 +361,13 @@ def _settings(found: Report) -> list[tuple[str, str]]:
         exclude={"model", "calibration", "validation", "test", "reuse_bytes"}
     )
     quantization = given.pop("quantization")
+    size = facts.space["size"]  # beyond the largest float where layers are many
     return [
         *(
             (name.replace("_", " "), _listed(value))
             for name, value in {**given, **quantization}.items()
         ),
-        ("plans in the space", f"{facts.space['size']:,}"),
+        ("plans in the space", f"{size:,}" if size < 10**12 else f"{Decimal(size):.3g}"),
         ("structure hash", facts.structure_hash),
         ("weights hash", facts.weights_hash),
         *facts.versions.items(),

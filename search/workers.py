@@ -17,7 +17,7 @@ from bitwright.search.space import Plan
 
 __all__ = ["Pool", "open_pool"]
 
-_CONNECT_SECONDS = 10
+_CONNECT_SECONDS = 5
 
 
 class Pool(Protocol):
@@ -163,7 +163,7 @@ def open_pool(
                     n_workers=workers,
                     threads_per_worker=1,
                     memory_limit=0,
-                    dashboard_address=None,
+                    dashboard_address=":0",
                     silence_logs=logging.CRITICAL,
                 )
             )

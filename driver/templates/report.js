@@ -16,10 +16,11 @@ const CONFIG = {
 const LONGEST_NAME = 26; // characters of a layer's name beside a chart; a hover shows all
 // Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 const BLUE = "#0072B2";
-const ORANGE = "#E69F00";
 const GREEN = "#009E73";
+const RED = "#D55E00";
 const GREY = "#8a929c";
 const BLACK = "#000000";
+const PART_COLORS = [BLUE, "#E69F00"];
 // Viridis, which grows darker with more bits: the order is seen without colours too.
 const BIT_COLORS = ["#fde725", "#35b779", "#31688e", "#440154"];
 
@@ -34,6 +35,7 @@ for (const [role, points] of [
     POINTS.set(point.number, { ...point, role, precisions, shown: DATA.shown[point.number] });
   }
 }
+const FRONT = STUDY.front.map(({ number }) => POINTS.get(number));
 let selected = REPORT.best;
 
 // -- helpers ----------------------------------------------------------------------------------
@@ -100,26 +102,32 @@ function hover(point) {
   return [nameOf(point), ...values, ...precisions].map(label).join("<br>");
 }
 
+// Where a point stands on the axis (0: x, 1: y) as it is chosen.
+function place(point, axis) {
+  const objective = chosenObjectives()[axis];
+  const value = point.objectives[objective.name];
+  return value === null ? null : value * axisOf(objective).factor;
+}
+
+function chosenObjectives() {
+  return ["x-axis", "y-axis"].map((id) => STUDY.objectives[byId(id).value]);
+}
+
 function drawFront() {
-  const [x, y] = [byId("x-axis"), byId("y-axis")].map((select) => STUDY.objectives[select.value]);
+  const [x, y] = chosenObjectives();
   const axes = [axisOf(x), axisOf(y)];
-  const value = (point, axis) => {
-    const found = point.objectives[[x, y][axis].name];
-    return found === null ? null : found * axes[axis].factor;
-  };
   const trace = (name, points, more) => ({
     type: "scatter",
     mode: "markers",
     name,
-    x: points.map((point) => value(point, 0)),
-    y: points.map((point) => value(point, 1)),
+    x: points.map((point) => place(point, 0)),
+    y: points.map((point) => place(point, 1)),
     customdata: points.map((point) => point.number),
     hovertext: points.map(hover),
     hoverinfo: "text",
     ...more,
   });
   const all = [...POINTS.values()];
-  const front = all.filter((point) => point.role === "front");
   const baselines = all.filter((point) => point.number in DATA.labels);
 
   const lines = [];
@@ -131,25 +139,31 @@ function drawFront() {
   addLine(REPORT.error.name, STUDY.float_error, "float model", "dot");
   for (const limit of REPORT.limits) addLine(limit.name, limit.value, limit.text, "dash");
 
-  // The view holds the front and the baselines beside it. Those with a far larger error would make
-  // the front a dot.
-  const errors = front.map((point) => point.objectives[REPORT.error.name]);
-  const view = [0, 1].map((axis) => {
-    const inView = (point) => {
-      const error = point.objectives[REPORT.error.name];
-      return error >= Math.min(...errors, STUDY.float_error) && error <= Math.max(...errors);
-    };
-    const values = [...front, ...baselines.filter(inView)].map((point) => value(point, axis));
-    values.push(...lines.filter((line) => line.axis === axis).map((line) => line.at));
-    const [low, high] = [Math.min(...values), Math.max(...values)];
-    const margin = 0.07 * (high - low) || 0.07 * Math.abs(high) || 1;
-    return [low - margin, high + margin];
+  // The view holds the front and the baselines that are no worse than all of it; lines where they
+  // are near. All of a far larger error would make the front a dot.
+  const errors = [STUDY.float_error, ...FRONT.map((point) => point.objectives[REPORT.error.name])];
+  const near = baselines.filter((point) => {
+    const error = point.objectives[REPORT.error.name];
+    return error >= Math.min(...errors) && error <= Math.max(...errors);
   });
-  const outside = baselines.filter((point) =>
-    [0, 1].some((axis) => value(point, axis) < view[axis][0] || value(point, axis) > view[axis][1]),
-  );
+  const view = [0, 1].map((axis) => {
+    let values = [...FRONT, ...near].map((point) => place(point, axis));
+    const width = (all) => Math.max(...all) - Math.min(...all);
+    for (const line of lines.filter((entry) => entry.axis === axis)) {
+      if (width([...values, line.at]) <= 5 * width(values)) values = [...values, line.at];
+    }
+    const margin = 0.07 * width(values) || 0.07 * Math.abs(values[0]) || 1;
+    return [Math.min(...values) - margin, Math.max(...values) + margin];
+  });
+  const isOutside = (at, axis) => at < view[axis][0] || at > view[axis][1];
+  const outside = [
+    ...lines.filter(({ at, axis }) => isOutside(at, axis)).map(({ text }) => text),
+    ...baselines
+      .filter((point) => [0, 1].some((axis) => isOutside(place(point, axis), axis)))
+      .map(nameOf),
+  ];
   byId("outside").textContent = outside.length
-    ? `Outside the view (a double click shows them): ${outside.map(nameOf).join(", ")}.`
+    ? `Outside the view (a double click shows them): ${outside.join(", ")}.`
     : "";
 
   const traces = [
@@ -165,11 +179,7 @@ function drawFront() {
       textfont: { size: 10 },
       marker: { symbol: "diamond-open", color: BLACK, size: 10 },
     }),
-    trace("front", front, { marker: { color: BLUE, size: 9 } }),
-    trace("shown plan", [POINTS.get(selected)], {
-      hoverinfo: "skip",
-      marker: { symbol: "circle-open", color: BLACK, size: 17, line: { width: 2 } },
-    }),
+    trace("front", FRONT, { marker: { color: BLUE, size: 9 } }),
   ];
   const shapes = lines.map(({ axis, at, dash }) => ({
     type: "line",
@@ -195,7 +205,7 @@ function drawFront() {
   Plotly.react(
     "front",
     traces,
-    layout(520, {
+    layout(600, {
       hovermode: "closest",
       uirevision: `${x.name} ${y.name}`, // a zoom stays while the axes are the same
       margin: { t: 40, r: 90, b: 60, l: 70 },
@@ -207,6 +217,26 @@ function drawFront() {
     }),
     CONFIG,
   );
+  markFront();
+}
+
+// Put a ring around the shown plan: a shape, as that is moved without drawing all points again.
+function markFront() {
+  const point = POINTS.get(selected);
+  const ring = {
+    type: "circle",
+    xsizemode: "pixel",
+    ysizemode: "pixel",
+    xanchor: place(point, 0),
+    yanchor: place(point, 1),
+    x0: -9,
+    x1: 9,
+    y0: -9,
+    y1: 9,
+    line: { color: BLACK, width: 2 },
+  };
+  const lines = byId("front").layout.shapes.filter(({ type }) => type === "line");
+  Plotly.relayout("front", { shapes: [...lines, ring] });
 }
 
 // -- one plan ---------------------------------------------------------------------------------
@@ -308,8 +338,11 @@ function drawCosts() {
   charts.forEach(({ title, parts }, column) => {
     const number = column ? column + 1 : "";
     const width = 1 / charts.length;
+    const names = Object.keys(parts).map(
+      (name, index) => `<span style="color:${PART_COLORS[index]}">■</span> ${name}`,
+    );
     axes[`xaxis${number}`] = {
-      title: { text: title },
+      title: { text: `${title}<br>${names.length > 1 ? names.join(" ") : ""}` },
       domain: [column * width + (column ? 0.02 : 0), (column + 1) * width - 0.01],
       rangemode: "tozero",
       nticks: 4,
@@ -323,7 +356,7 @@ function drawCosts() {
         x: values,
         y: LAYERS.map((_, layer) => layer),
         xaxis: `x${number}`,
-        marker: { color: [BLUE, ORANGE][index] },
+        marker: { color: PART_COLORS[index] },
         hovertext: LAYERS.map((layer, at) =>
           label(`${layer}, ${point.precisions[at]}: ${name} ${values[at].toPrecision(4)}`),
         ),
@@ -348,8 +381,7 @@ function drawCosts() {
 // -- precisions along the front ---------------------------------------------------------------
 
 function drawPrecisions() {
-  const front = STUDY.front.map(({ number }) => POINTS.get(number));
-  const bits = front.map((point) =>
+  const bits = FRONT.map((point) =>
     point.precisions.map((text) => /^w(\d+)a(\d+)$/.exec(text).slice(1).map(Number)),
   );
   const equal = bits.every((plan) => plan.every(([weights, activations]) => weights === activations));
@@ -358,17 +390,18 @@ function drawPrecisions() {
     [index / BIT_COLORS.length, color],
     [(index + 1) / BIT_COLORS.length, color],
   ]);
-  const every = Math.ceil(front.length / 24); // no more numbers than can be read
-  const ticks = front.map((_, index) => index).filter((index) => index % every === 0);
+  const every = Math.ceil(FRONT.length / 24); // no more numbers than can be read
+  const ticks = FRONT.map((_, index) => index).filter((index) => index % every === 0);
+  const plans = FRONT.map(hover);
   const axes = {};
   const traces = panels.map((title, panel) => {
     const number = panel ? 2 : "";
     axes[`xaxis${number}`] = {
       title: { text: title },
       domain: equal ? [0, 1] : [panel * 0.51, panel * 0.51 + 0.49],
-      range: [-0.5, front.length - 0.5],
+      range: [-0.5, FRONT.length - 0.5],
       tickvals: ticks,
-      ticktext: ticks.map((index) => `#${front[index].number}`),
+      ticktext: ticks.map((index) => `#${FRONT[index].number}`),
       tickangle: -90,
       showgrid: false,
       zeroline: false,
@@ -379,9 +412,9 @@ function drawPrecisions() {
       xaxis: `x${number}`,
       z: values.map((entries) => entries.map((width) => DATA.widths.indexOf(width))),
       text: values,
-      texttemplate: front.length <= 40 ? "%{text}" : "",
+      texttemplate: FRONT.length <= 40 ? "%{text}" : "",
       hovertext: LAYERS.map((name, layer) =>
-        front.map((point) => label(`${name}: ${point.precisions[layer]}`) + `<br>${hover(point)}`),
+        FRONT.map((point, at) => `${label(`${name}: ${point.precisions[layer]}`)}<br>${plans[at]}`),
       ),
       hoverinfo: "text",
       zmin: -0.5,
@@ -392,23 +425,11 @@ function drawPrecisions() {
       ygap: 1,
     };
   });
-  const at = front.findIndex((point) => point.number === selected);
-  const shapes = (at < 0 ? [] : panels).map((_, panel) => ({
-    type: "rect",
-    xref: panel ? "x2" : "x",
-    yref: "paper",
-    x0: at - 0.5,
-    x1: at + 0.5,
-    y0: 0,
-    y1: 1,
-    line: { color: "#d55e00", width: 3 },
-  }));
   Plotly.react(
     "precisions",
     traces,
     layout(Math.max(22 * LAYERS.length, 130) + 130, {
       yaxis: layerAxis(),
-      shapes,
       margin: { t: 10, r: 20, b: 100, l: 70 },
       ...axes,
     }),
@@ -416,14 +437,30 @@ function drawPrecisions() {
   );
 }
 
+function markPrecisions() {
+  const at = FRONT.findIndex((point) => point.number === selected);
+  const panels = at < 0 ? [] : byId("precisions").data;
+  const shapes = panels.map(({ xaxis }) => ({
+    type: "rect",
+    xref: xaxis,
+    yref: "paper",
+    x0: at - 0.5,
+    x1: at + 0.5,
+    y0: 0,
+    y1: 1,
+    line: { color: RED, width: 3 },
+  }));
+  Plotly.relayout("precisions", { shapes });
+}
+
 // -- the page ---------------------------------------------------------------------------------
 
 function select(number) {
   selected = number;
-  drawFront();
   drawPlan();
   drawCosts();
-  drawPrecisions();
+  markFront();
+  markPrecisions();
 }
 
 function begin() {
@@ -435,8 +472,8 @@ function begin() {
   const gain = axes.findIndex(([, name]) => name !== REPORT.error.name);
   choose("x-axis", axes, gain);
   choose("y-axis", axes, error < 0 ? 1 : error);
-  const points = STUDY.front.map(({ number }) => {
-    const values = STUDY.objectives.map(({ name }) => DATA.shown[number].values[name]);
+  const points = FRONT.map(({ number, shown }) => {
+    const values = STUDY.objectives.map(({ name }) => shown.values[name]);
     return [number, `#${number}: ${values.join(", ")}`];
   });
   choose("choice", points, selected);
@@ -445,13 +482,15 @@ function begin() {
     swatch.style.background = BIT_COLORS[index];
     byId("bits").append(swatch, `${width}`);
   });
+  drawFront();
+  drawPrecisions();
   select(selected);
   byId("x-axis").onchange = drawFront;
   byId("y-axis").onchange = drawFront;
   byId("choice").onchange = (event) => select(Number(event.target.value));
   byId("front").on("plotly_click", ({ points: [point] }) => select(point.customdata));
   byId("precisions").on("plotly_click", ({ points: [point] }) =>
-    select(STUDY.front[point.x].number),
+    select(FRONT[point.x].number),
   );
   byId("copy-plan").onclick = () => copy(planJson(POINTS.get(selected)));
   byId("copy-command").onclick = () => copy(command(POINTS.get(selected)));
@@ -486,4 +525,13 @@ if (REPORT.generations.length) {
     }),
     CONFIG,
   );
+}
+
+// Charts as wide as a sheet of paper (A4 or Letter) while the page is printed.
+const PAPER = 700; // pixels
+addEventListener("beforeprint", () => resize({ width: PAPER, autosize: false }));
+addEventListener("afterprint", () => resize({ width: null, autosize: true }));
+
+function resize(size) {
+  for (const chart of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(chart, size);
 }

@@ -20,7 +20,7 @@ from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.samples import Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 from tests.passes.graphs import _MOST_ELEMENTS, _OPERATORS, Graph, Tensor
-from tests.quant.cases import flag, one_of, whole
+from tests.quant.cases import flag, one_of
 from tests.quant.qdq import Array, Builder, residual_network
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"

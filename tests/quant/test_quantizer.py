@@ -819,3 +819,30 @@ def test_channels_with_next_to_no_weights_do_not_make_the_bias_float(
     (wanted,) = run_onnxruntime(builder.model(output), data)
     (found,) = run_onnxruntime(emitted.model, data)
     np.testing.assert_allclose(found[:, 2], wanted[:, 2], rtol=1e-6)
+
+
+def test_tables_are_those_of_the_float_graph(tmp_path: Path) -> None:
+    """A sum of a value with itself is a table whose first operator has its quantizers already."""
+    builder = Builder(opset=21)
+    x = builder.input("x", ["N", 3, 4, 4])
+    made = builder.node("Conv", x, builder.constant(normal(np.random.default_rng(0), 5, 3, 1, 1)))
+    parts = builder.constant(np.array([1, 4]))
+    builder.nodes.append(onnx.helper.make_node("Split", [made, parts], ["one", "first"], axis=1))
+    first = "first"
+    twice = builder.node("Add", first, first)
+    thrice = builder.node("Add", first, twice)
+    clipped = builder.node(
+        "Clip", thrice, builder.constant(np.float32(-0.7)), builder.constant(np.float32(1.1))
+    )
+    pooled = builder.node("GlobalAveragePool", clipped)
+    weights = builder.constant(normal(np.random.default_rng(1), 2, 4, 1, 1))
+    result = builder.node("Conv", pooled, weights)
+    other = builder.node("Transpose", clipped, perm=[0, 1, 3, 2])
+    path = tmp_path / "table.onnx"
+    onnx.save(builder.model(result, other), path)
+    data = normal(np.random.default_rng(2), 16, 3, 4, 4)
+    quantized = bitwright.quantize(path, precision="w16a16", calibration={"x": data})
+    expected = run_onnxruntime(onnx.load(path), {"x": data})
+    found = run_onnxruntime(quantized.model, {"x": data})
+    for wanted, got in zip(expected, found, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-3)
