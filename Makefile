@@ -34,7 +34,7 @@ browser: $(VENV)/.dev ## get a browser for the tests of pages, if the machine ha
 	@$(PY) -m tests.browser || true # without one these tests skip, and say so
 
 .PHONY: test-slow
-test-slow: $(VENV)/.examples ## run the slow tests: real models, training (needs PyTorch)
+test-slow: $(VENV)/.examples browser ## run the slow tests: real models, training (needs PyTorch)
 	$(PYTEST) -m slow
 
 .PHONY: lint

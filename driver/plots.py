@@ -230,7 +230,7 @@ def _bits(precision: str) -> tuple[int, int]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _short(name: str) -> str:

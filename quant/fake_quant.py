@@ -16,6 +16,7 @@ be kept: plans that begin alike share the work of their first layers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ __all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model"]
 _MAX_CODE: Final = 65535
 _SEGMENTS: Final = 8
 
-Key: TypeAlias = tuple[Hashable, int, tuple[Precision, ...]]
+_Key: TypeAlias = tuple[Hashable, int, int]  # batch, segment, number of what came before
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,8 +480,9 @@ class FakeQuant:
         self._parameters: dict[
             tuple[str, tuple[Precision, ...]], dict[str, dict[str, ort.OrtValue]]
         ] = {}
-        self._plan: tuple[Precision, ...] = ()
-        self._kept: OrderedDict[Key, dict[str, ort.OrtValue]] = OrderedDict()
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._prefixes: list[int] = []
+        self._kept: OrderedDict[_Key, dict[str, ort.OrtValue]] = OrderedDict()
         self._kept_bytes = 0
 
     def use(self, plan: Mapping[str, Precision]) -> None:
@@ -495,7 +497,16 @@ class FakeQuant:
                 runner.precisions[number] = plan[slot.layer]
                 for name, value in shared[slot.layer].items():
                     runner.binding.bind_ortvalue_input(name, value)
-        self._plan = tuple(plan[name] for name in self.model.layers)
+        # What a segment gives depends on the layers so far and on those they share scales with.
+        widths = {name: (plan[name].weight_bits, plan[name].activation_bits) for name in shared}
+        prefix: list[tuple[tuple[int, int], ...]] = []
+        self._prefixes = []
+        for runner in self._runners:
+            prefix += [
+                tuple(widths[name] for name in self._groups[self.model.data[slot.layer]])
+                for slot in runner.segment.slots
+            ]
+            self._prefixes.append(self._numbers.setdefault(tuple(prefix), len(self._numbers)))
 
     def parameters(self, plan: Mapping[str, Precision]) -> dict[str, dict[str, ort.OrtValue]]:
         """Layer name to what its slot is fed: input name to value."""
@@ -514,21 +525,19 @@ class FakeQuant:
         key
             Names this batch of data: what segments give is kept under it. None keeps nothing.
         """
-        keys: list[Key] = []
-        depth = 0
-        for runner in self._runners:
-            depth += len(runner.segment.slots)
-            keys.append((key, len(keys), self._plan[:depth]))
+        if not self._reuse_bytes:
+            key = None
+        last = len(self._runners) - 1
         values: dict[str, ort.OrtValue] = dict(inputs)
         start = 0
         if key is not None:
-            for number in range(len(keys) - 2, -1, -1):
-                if (kept := self._kept.get(keys[number])) is not None:
-                    self._kept.move_to_end(keys[number])
+            for number in range(last - 1, -1, -1):
+                if (kept := self._kept.get((key, number, self._prefixes[number]))) is not None:
+                    self._kept.move_to_end((key, number, self._prefixes[number]))
                     values.update(kept)
                     start = number + 1
                     break
-        for number in range(start, len(self._runners)):
+        for number in range(start, last + 1):
             runner = self._runners[number]
             for name in runner.segment.inputs:
                 runner.binding.bind_ortvalue_input(name, values[name])
@@ -537,9 +546,9 @@ class FakeQuant:
             runner.session.run_with_iobinding(runner.binding)
             made = dict(zip(runner.segment.outputs, runner.binding.get_outputs(), strict=True))
             values.update(made)
-            if key is not None and number < len(self._runners) - 1:
+            if key is not None and number < last:
                 early = {n: values[n] for n in self.model.outputs if n in values}
-                self._keep(keys[number], {**early, **made})
+                self._keep((key, number, self._prefixes[number]), {**early, **made})
         # Copied: an array of onnxruntime's does not keep the memory alive that it shows.
         return {name: values[name].numpy().copy() for name in self.model.outputs}
 
@@ -548,7 +557,7 @@ class FakeQuant:
         self._kept.clear()
         self._kept_bytes = 0
 
-    def _keep(self, key: Key, values: dict[str, ort.OrtValue]) -> None:
+    def _keep(self, key: _Key, values: dict[str, ort.OrtValue]) -> None:
         size = sum(_bytes(value) for value in values.values())
         if size > self._reuse_bytes:
             return
@@ -637,7 +646,7 @@ class FakeQuant:
 
 
 def _bytes(value: ort.OrtValue) -> int:
-    return int(np.prod(value.shape(), dtype=np.int64)) * 4
+    return 4 * math.prod(value.shape())
 
 
 def _session(model: bytes) -> ort.InferenceSession:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -407,7 +408,12 @@ def metric_names() -> list[str]:
 
 
 def get_metric(name: str) -> Metric:
-    """Make a metric.
+    """Make a metric; see :func:`metric_factory`."""
+    return metric_factory(name)()
+
+
+def metric_factory(name: str) -> Callable[[], Metric]:
+    """Find a metric; what is returned makes one, again and again.
 
     Parameters
     ----------
@@ -441,7 +447,7 @@ def get_metric(name: str) -> Metric:
         if not found:
             # No model has a billion classes, and int() refuses very long numbers.
             if top := re.fullmatch("top([1-9][0-9]{0,8})", name):
-                return TopK(int(top[1]))
+                return partial(TopK, int(top[1]))
             raise UsageError(
                 f"there is no metric {name!r}",
                 fix=f"choose one of {', '.join(metric_names())}, top<K> or package.module:name",
@@ -456,17 +462,16 @@ def get_metric(name: str) -> Metric:
                 f"metric {name!r} ({found[0].value}) cannot be loaded "
                 f"({type(error).__name__}: {error})"
             ) from error
-    metric: Metric
+    make: Callable[[], Metric] = factory
     if callable(factory) and not isinstance(factory, type):
-        metric = _FunctionMetric(factory)
-    else:
-        try:
-            metric = factory()
-        except Exception as error:
-            raise UsageError(
-                f"metric {name!r} cannot be made ({type(error).__name__}: {error})",
-                fix="a metric is a class without constructor arguments, or a function",
-            ) from error
+        make = partial(_FunctionMetric, factory)
+    try:
+        metric = make()
+    except Exception as error:
+        raise UsageError(
+            f"metric {name!r} cannot be made ({type(error).__name__}: {error})",
+            fix="a metric is a class without constructor arguments, or a function",
+        ) from error
     members = ("unit", "higher_is_better", "needs", "update", "value")
     if missing := [member for member in members if not hasattr(metric, member)]:
         raise UsageError(
@@ -475,4 +480,4 @@ def get_metric(name: str) -> Metric:
         )
     if metric.needs not in ("labels", "outputs"):
         raise UsageError(f"metric {name!r} needs {metric.needs!r}", fix="needs labels or outputs")
-    return metric
+    return make

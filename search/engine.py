@@ -207,7 +207,7 @@ class Engine:
 
     def _note(self, entry: Evaluation) -> None:
         """Keep the best values, for progress."""
-        if not self.problem.reference or not self.problem.feasible(entry):
+        if not self.problem.feasible(entry):
             return
         values = self.problem.values(entry.result.error, entry.gains)
         for objective, value in zip(self.problem.objectives, values, strict=True):

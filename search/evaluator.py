@@ -24,7 +24,7 @@ from bitwright.errors import DataError, ModelError, RunError, UsageError, first_
 from bitwright.quant.fake_quant import FakeQuant, FakeQuantModel, fake_quant_model
 from bitwright.quant.float_ops import Array, wrong_optimizers
 from bitwright.quant.load import Model
-from bitwright.quant.metrics import Metric, get_metric
+from bitwright.quant.metrics import Metric, get_metric, metric_factory
 from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
 from bitwright.search.objectives import ErrorScale
@@ -44,8 +44,8 @@ __all__ = [
 
 Status: TypeAlias = Literal["ok", "stopped", "failed", "skipped"]
 
-_BATCH_BYTES = 2 << 20  # of the largest activation of a batch: what caches hold
-_LARGEST_BATCH = 64
+_BATCH_BYTES = 3 << 20  # of the largest activation of a batch: what caches hold
+_LARGEST_BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,9 @@ class EvaluationJob:
 class _Measure:
     """A metric as an error, whatever it raises."""
 
-    def __init__(self, job: EvaluationJob) -> None:
-        self._metric: Metric = get_metric(job.metric)
-        self._scale = job.scale
+    def __init__(self, metric: Metric, scale: ErrorScale) -> None:
+        self._metric = metric
+        self._scale = scale
         bound: Callable[[int], float] | None = getattr(self._metric, "bound", None)
         self._bound = bound
 
@@ -189,6 +189,7 @@ class PostTraining:
     def __init__(self, job: EvaluationJob) -> None:
         self.job = job
         self._model = FakeQuant(job.model, reuse_bytes=job.reuse_bytes)
+        self._metric = metric_factory(job.metric)
         self._inputs = [[_ort_values(batch.inputs) for batch in subset] for subset in job.subsets]
 
     def evaluate(self, plan: Plan, *, limit: float | None = None) -> Result:
@@ -205,13 +206,13 @@ class PostTraining:
         limit = self.job.limit if limit is None else limit
         samples = 0
         worst: float | None = None
-        overall = _Measure(self.job)
+        overall = self._measure()
         status: Status = "ok"
         self._model.use(dict(zip(self.job.layers, plan, strict=True)))
         try:
             for number, subset in enumerate(self.job.subsets):
                 single = len(self.job.subsets) == 1
-                measure = overall if single else _Measure(self.job)
+                measure = overall if single else self._measure()
                 total = sum(batch.samples for batch in subset)
                 done = 0
                 for index, batch in enumerate(subset):
@@ -236,6 +237,9 @@ class PostTraining:
         except _NoNumberError as error:
             seconds = time.perf_counter() - start
             return Result("failed", None, None, samples, seconds, str(error))
+
+    def _measure(self) -> _Measure:
+        return _Measure(self._metric(), self.job.scale)
 
     def forget(self) -> None:
         """Let go of intermediate values that are kept for plans that begin alike."""
@@ -405,7 +409,7 @@ def _float_error(job: EvaluationJob, outputs: _Outputs, where: str) -> float:
     worst = -math.inf
     try:
         for subset, results in zip(job.subsets, outputs, strict=True):
-            measure = _Measure(job)
+            measure = _Measure(get_metric(job.metric), job.scale)
             for batch, result in zip(subset, results, strict=True):
                 measure.add(result, batch, result)
             worst = max(worst, measure.error())

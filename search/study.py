@@ -7,6 +7,7 @@ from its seed, and its questions are answered from here until a new one comes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -156,10 +157,14 @@ class Study:
             # For reading too: what a killed search had half written is taken back. On a read-only
             # disk SQLite reads only.
             with self._guarded():
-                self._database = sqlite3.connect(
-                    f"{file.resolve().as_uri()}?mode=rw", uri=True, timeout=10
-                )
+                self._database = _connect(file)
             self._check()
+            if write:
+                # One write to the end of a file for each commit. What a power failure can lose are
+                # the last evaluations, what a kill can lose is nothing.
+                with self._guarded():
+                    self._database.execute("PRAGMA journal_mode = WAL")
+                    self._database.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             self.close()
             raise
@@ -212,6 +217,10 @@ class Study:
         """Let go of the file."""
         database = getattr(self, "_database", None)
         if database is not None:
+            if getattr(self, "_write", False):
+                # One file again, which can be read where nothing can be written.
+                with contextlib.suppress(sqlite3.Error):  # somebody reads it at the moment
+                    database.execute("PRAGMA journal_mode = DELETE")
             database.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -368,6 +377,23 @@ def _evaluation(number: int, plan: str, origin: str, status: Any, *rest: Any) ->
         Result(status, error, overall, samples, seconds, message),
         {str(name): float(value) for name, value in json.loads(gains).items()},
     )
+
+
+def _connect(file: Path) -> sqlite3.Connection:
+    uri = file.resolve().as_uri()
+    database = sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=10)
+    try:
+        database.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.OperationalError:
+        database.close()
+        if os.access(file.parent, os.W_OK):
+            raise
+        # Left behind by a killed search, and now where SQLite can write nothing beside it.
+        database = sqlite3.connect(f"{uri}?immutable=1", uri=True)
+    except BaseException:
+        database.close()
+        raise
+    return database
 
 
 def check_new(folder: Path) -> None:

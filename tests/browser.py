@@ -47,7 +47,10 @@ def open_browser() -> Iterator[Browser]:
         pytest.skip("no Chromium or Chrome: install one, or run `make browser` (needs npm)")
     # What the installed one needs beside the C library comes with it.
     libraries = [str(_FOLDER / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, libraries))}
+    environment: dict[str, str | float | bool] = {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+    }
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path, env=environment if path.parent == _FOLDER else None

@@ -2,7 +2,7 @@
 # A build step: search precisions for a model, pick a plan, compile it, test the artefact.
 #
 # Exit codes: 0 built; 1 the artefact is not good enough; 2 something has to change first.
-# Set in the environment what shall be different:
+# Environment variables change what stands here:
 #   TARGET       the accelerator (bitwright targets lists them)
 #   LIMIT        points of error more than the float model's, on validation data, for the plan
 #   GATE         points of error more than the float model's, on test data, for the artefact
@@ -19,16 +19,21 @@ LIMIT=${LIMIT:-0.5}
 GATE=${GATE:-1}
 BUDGET=${BUDGET:-60}
 GENERATIONS=${GENERATIONS:-10}
-OUT=${OUT:-$here/../../out/pipeline}
+OUT=${OUT:-out/pipeline}
 
-if ! [[ $GATE =~ ^-?[0-9]+([.][0-9]+)?$ ]]; then
-    echo "error: GATE=$GATE is no number of points" >&2
+number='[0-9]+([.][0-9]+)?'
+if ! [[ $LIMIT =~ ^$number$ && $GATE =~ ^-?$number$ ]]; then
+    echo "error: LIMIT=$LIMIT or GATE=$GATE is no number of points" >&2
     exit 2
 fi
 
-# The bitwright of the PATH, or that of `make demo`; and the Python it is installed in.
+# The bitwright of the PATH, or that of `make demo`; Python stands beside it.
 command -v bitwright > /dev/null || PATH=$here/../../.venv/bin:$PATH
-python=$(dirname "$(command -v bitwright)")/python
+if ! command -v bitwright > /dev/null; then
+    echo "error: there is no bitwright: pip install it, or run make demo once" >&2
+    exit 2
+fi
+python=$(dirname "$(readlink -f "$(command -v bitwright)")")/python3
 
 # What an earlier build left. The study stays: the search goes on with it.
 mkdir -p "$OUT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -177,3 +178,9 @@ def evaluation(
         Precision(bits[a], bits[b]) for a, b in zip(digits[::2], digits[1::2], strict=True)
     )
     return Evaluation(number, plan, origin, Result(status, error, error, 10, 0.25), gains)
+
+
+def own_process(code: str, *arguments: object) -> dict[str, Any]:
+    """Arguments of :mod:`subprocess` for a process of its own, which imports what tests import."""
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return {"args": command, "cwd": Path(__file__).parents[2]}

@@ -6,7 +6,6 @@ import resource
 import signal
 import sqlite3
 import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from bitwright.search.study import (
     plan_text,
 )
 from bitwright.vocabulary import BIT_WIDTHS
-from tests.search.fakes import evaluation
+from tests.search.fakes import evaluation, own_process
 
 W4A8, W16A2 = Precision(4, 8), Precision(16, 2)
 META = {"settings": {"seed": 1, "keep": {"é": "w8a8"}}, "facts": [1, None, 0.1]}
@@ -56,16 +55,14 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def script(text: str, *arguments: object) -> list[str]:
-    """The command of another process that imports what the tests import."""
+def script(text: str, *arguments: object) -> dict[str, Any]:
+    """Arguments of :mod:`subprocess`: another process that imports what the tests import."""
     head = (
-        "import os, signal, sys, time\n"
-        "from pathlib import Path\n"
+        "import os, signal, sys\n"
         "from bitwright.search.study import Study\n"
         "from tests.search.fakes import evaluation\n"
     )
-    code = head + textwrap.dedent(text)
-    return [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return own_process(head + textwrap.dedent(text), *arguments)
 
 
 # -- what is written is read ---------------------------------------------------------------------
@@ -168,7 +165,7 @@ def test_a_plan_or_a_number_cannot_stand_twice(folder: Path) -> None:
 
 def test_all_that_was_added_survives_a_kill(tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    command = script(
+    program = script(
         """
         with Study.create(sys.argv[1], {}) as study:
             for number in range(1, 10**6):
@@ -177,7 +174,7 @@ def test_all_that_was_added_survives_a_kill(tmp_path: Path) -> None:
         """,
         folder,
     )
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(**program, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         for _ in range(25):
             process.stdout.readline()
@@ -195,7 +192,7 @@ def test_all_that_was_added_survives_a_kill(tmp_path: Path) -> None:
 def test_what_a_kill_left_half_written_is_taken_back_also_for_readers(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     # A transaction that is larger than SQLite's cache, so that half of it is in the file.
-    command = script(
+    program = script(
         """
         study = Study.create(sys.argv[1], {})
         study.add(evaluation(1, 0.5, {"memory": 1.0}))
@@ -208,7 +205,7 @@ def test_what_a_kill_left_half_written_is_taken_back_also_for_readers(tmp_path: 
         """,
         folder,
     )
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert subprocess.run(**program, check=False).returncode == -signal.SIGKILL
     assert file_of(folder).with_name("study.sqlite-journal").stat().st_size > 0
     with Study(folder) as study:
         assert study.evaluations() == [evaluation(1, 0.5, {"memory": 1.0})]
@@ -216,7 +213,7 @@ def test_what_a_kill_left_half_written_is_taken_back_also_for_readers(tmp_path: 
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(folder: Path) -> None:
-    command = script(
+    program = script(
         """
         with Study(sys.argv[1], write=True) as study:
             print("ready", flush=True)
@@ -224,7 +221,7 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(folder: Path) -> N
         """,
         folder,
     )
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(**program, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         with pytest.raises(StudyError, match="being written by another search") as caught:
@@ -239,25 +236,32 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(folder: Path) -> N
 
 
 def test_a_reader_sees_whole_evaluations_while_another_process_writes(folder: Path) -> None:
-    command = script(
+    program = script(
         """
+        import select
         with Study(sys.argv[1], write=True) as study:
-            for number in range(3, 43):
+            number = 2
+            while not select.select([sys.stdin], [], [], 0)[0]:
+                number += 1
                 study.add(evaluation(number, 0.5, {"memory": 1.0}))
+            print(number)
         """,
         folder,
     )
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(**program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         seen = [2]
-        while process.poll() is None:
+        while len(set(seen)) < 10 and process.poll() is None:
             found = numbers(folder)
             assert found == list(range(1, len(found) + 1))
             assert len(found) >= seen[-1]
             seen.append(len(found))
-            time.sleep(0.005)
+            time.sleep(0.002)
+        process.stdin.close()
+        told = int(process.stdout.read())
     assert process.returncode == 0
-    assert numbers(folder) == list(range(1, 43))
-    assert len(set(seen)) > 2
+    assert numbers(folder) == list(range(1, told + 1))
 
 
 # -- disks ---------------------------------------------------------------------------------------
@@ -323,7 +327,7 @@ def test_a_disk_that_is_full_before_the_study_keeps_nothing_of_it(small_disk: Pa
 
 def test_a_limit_on_the_size_of_files_loses_no_evaluation(tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    command = script(
+    program = script(
         """
         import resource
         from bitwright.errors import OutputError
@@ -339,7 +343,7 @@ def test_a_limit_on_the_size_of_files_loses_no_evaluation(tmp_path: Path) -> Non
         """,
         folder,
     )
-    done = subprocess.run(command, check=False, capture_output=True)
+    done = subprocess.run(**program, check=False, capture_output=True)
     assert done.returncode == 2, done.stderr
     told = len(done.stdout.split())
     assert told > 10
