@@ -7,7 +7,6 @@ from its seed, and its questions are answered from here until a new one comes.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -144,6 +143,7 @@ class Study:
         self.folder = Path(folder)
         self._where = str(folder)
         self._lock: int | None = None
+        self._write = False
         file = self.folder / _FILE
         if not is_study(folder):
             raise StudyError(
@@ -162,9 +162,10 @@ class Study:
             if write:
                 # One write to the end of a file for each commit. What a power failure can lose are
                 # the last evaluations, what a kill can lose is nothing.
-                with self._guarded():
+                with self._guarded(writing=True):
                     self._database.execute("PRAGMA journal_mode = WAL")
                     self._database.execute("PRAGMA synchronous = NORMAL")
+                self._write = True
         except BaseException:
             self.close()
             raise
@@ -217,9 +218,9 @@ class Study:
         """Let go of the file."""
         database = getattr(self, "_database", None)
         if database is not None:
-            if getattr(self, "_write", False):
+            if self._write:
                 # One file again, which can be read where nothing can be written.
-                with contextlib.suppress(sqlite3.Error):  # somebody reads it at the moment
+                with suppress(sqlite3.Error):  # somebody reads it at the moment
                     database.execute("PRAGMA journal_mode = DELETE")
             database.close()
         if self._lock is not None:
@@ -388,6 +389,9 @@ def _connect(file: Path) -> sqlite3.Connection:
         database.close()
         if os.access(file.parent, os.W_OK):
             raise
+        wal = file.with_name(f"{file.name}-wal")
+        if wal.is_file() and wal.stat().st_size:
+            raise  # without the index of this file, what it holds would be left out
         # Left behind by a killed search, and now where SQLite can write nothing beside it.
         database = sqlite3.connect(f"{uri}?immutable=1", uri=True)
     except BaseException:

@@ -490,7 +490,7 @@ function begin() {
   byId("choice").onchange = (event) => select(Number(event.target.value));
   byId("front").on("plotly_click", ({ points: [point] }) => select(point.customdata));
   byId("precisions").on("plotly_click", ({ points: [point] }) =>
-    select(FRONT[point.x+1].number),
+    select(FRONT[point.x].number),
   );
   byId("copy-plan").onclick = () => copy(planJson(POINTS.get(selected)));
   byId("copy-command").onclick = () => copy(command(POINTS.get(selected)));

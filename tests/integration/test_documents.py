@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bitwright import PrecisionPlan, targets
+from bitwright.search.objectives import GAINS
 from bitwright.targets.schema import entries
 from bitwright.units import plain
 
@@ -28,6 +29,7 @@ DOCUMENTS = [
 RUN = [
     "README.md",
     "docs/artefact.md",
+    "docs/search.md",
     "docs/targets.md",
     "docs/write-a-metric.md",
     "docs/write-a-pass.md",
@@ -142,6 +144,17 @@ def test_the_tables_of_targets_are_their_descriptions(name: str) -> None:
         rows.append(f"| {' | '.join(cells)} |")
     sources = [f"*{k}* ({s.basis}): {s.text}." for k, s in accelerator.sources.items()]
     assert section.strip() == "\n".join([*rows, "", *sources]), "paste what is expected"
+
+
+def test_the_table_of_objectives_is_that_of_the_search() -> None:
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    section = text.partition("## Objectives\n")[2].partition("\n## ")[0]
+    rows = ["| objective | unit | better | meaning |", "|---|---|---|---|"]
+    for gain in GAINS.values():
+        better = "more" if gain.maximize else "less"
+        rows.append(f"| `{gain.name}` | {gain.unit or '-'} | {better} | {gain.summary} |")
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert shown == rows, "paste what is expected"
 
 
 @pytest.mark.parametrize("document", ["docs/write-a-metric.md", "docs/write-a-target.md"])

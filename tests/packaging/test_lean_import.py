@@ -11,13 +11,18 @@ import pytest
 
 HEAVY = {
     "dask",
+    "distributed",
+    "jinja2",
+    "jiwer",
     "ml_dtypes",
     "numpy",
     "onnx",
     "onnx_ir",
     "onnxruntime",
+    "plotly",
     "pydantic",
     "pymoo",
+    "scipy",
     "torch",
     "tvm",
     "tvm_ffi",
@@ -59,7 +64,12 @@ def test_loads_nothing_heavy(code: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import bitwright.tables", "import bitwright; bitwright.describe_targets()"]
+    "code",
+    [
+        "import bitwright.tables",
+        "import bitwright; bitwright.describe_targets()",
+        "import bitwright.search_tables, bitwright.search.workers",
+    ],
 )
 def test_tvm_is_loaded_only_where_it_compiles_or_runs(code: str, tmp_path: Path) -> None:
     modules, _ = loaded_by(code, tmp_path)

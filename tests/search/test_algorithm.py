@@ -62,7 +62,7 @@ def genes_fit(space: Space, genomes: Sequence[Genome]) -> bool:
 # -- NSGA-II -------------------------------------------------------------------------------------
 
 
-class Recorded(Problem):
+class Recorded(Problem):  # type: ignore[misc]  # pymoo ships no types
     """What pymoo itself is asked for."""
 
     def __init__(self, space: Space) -> None:

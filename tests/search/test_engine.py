@@ -312,7 +312,8 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         made = setup(constraints=["error<=8%", "memory<=60KiB"])
-        pool = FakePool(order=lambda numbers: sorted(numbers, reverse=True), limit=0.08, spoil=spoil)
+        order = lambda numbers: sorted(numbers, reverse=True)
+        pool = FakePool(order=order, limit=0.08, spoil=spoil)
         made.search(Path(sys.argv[1]), pool, Stops(generations=8))
     """
     program = own_process(textwrap.dedent(code), folder, count)
@@ -408,7 +409,7 @@ def test_patience_ends_a_search_without_progress(tmp_path: Path) -> None:
     # More error than w4, and less speed.
     worse, worst = ([(Precision(*bits),) * 4] for bits in ((2, 16), (16, 2)))
     # The hypervolume grows in the first, third and sixth generation.
-    script = [[w8], [w8], [w4, w8], worse, worst, [mixed], [w8], [w8], [w8], [w8]]
+    script: list[list[Plan]] = [[w8], [w8], [w4, w8], worse, worst, [mixed], *4 * [[w8]]]
     expected = {1: 2, 2: 5, 3: 9}
     for patience, generations in expected.items():
         algorithm = Scripted(made, script)
