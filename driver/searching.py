@@ -378,9 +378,8 @@ class _Prepared:
 
 
 def _prepare(
-    settings: SearchSettings, progress: Callable[[int, int], None] | None = None
+    settings: SearchSettings, loaded: Model, progress: Callable[[int, int], None] | None = None
 ) -> _Prepared:
-    loaded = load(settings.model.path)
     if loaded.is_quantized:
         raise ModelError(
             "is quantized already",
@@ -507,8 +506,8 @@ def _settings(
     test: str | Path | None = None,
     input_shapes: Mapping[str, Sequence[int | None]] | None = None,
     **rest: Any,
-) -> SearchSettings:
-    """Settings from the options of a command; what is missing is refused."""
+) -> tuple[Model, SearchSettings]:
+    """Model and settings from the options of a command; what is missing is refused."""
     needed = {
         "model": model,
         "target": target,
@@ -525,10 +524,9 @@ def _settings(
     assert target is not None
     assert calibration is not None
     assert validation is not None
-    if not Path(model).is_file():
-        raise ModelError("there is no such file", where=str(model))
     allowed = precisions.split(",") if isinstance(precisions, str) else precisions
-    return SearchSettings(
+    loaded = load(model)
+    return loaded, SearchSettings(
         model=DataFile(path=str(Path(model).absolute()), sha256=_digest(Path(model))),
         target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
         calibration=_data_file(calibration),
@@ -549,10 +547,11 @@ def _data_file(data: str | Path) -> DataFile:
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():  # a device may have no end
+        what = "is not a regular file" if path.exists() else "there is no such file"
+        raise DataError(what, where=str(path))
     try:
         return sha256(path)
-    except FileNotFoundError:
-        raise DataError("there is no such file", where=str(path)) from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
 
@@ -696,7 +695,7 @@ def search_precisions(
         with Study(resume, write=True) as study:
             settings, facts = settings_of(study)
             _refuse_changes(settings)
-            prepared = _prepare(settings, preparing)
+            prepared = _prepare(settings, load(settings.model.path), preparing)
             _refuse_other_study(prepared, facts, study.folder)
             return _run(study, settings, prepared, stops, workers, scheduler, progress)
     folder = None if output is None else Path(output)
@@ -710,7 +709,7 @@ def search_precisions(
         raise UsageError(
             f"{algorithm!r} is no algorithm", fix="choose auto, nsga2, exhaustive or random"
         )
-    settings = _settings(
+    loaded, settings = _settings(
         model,
         target,
         calibration,
@@ -737,7 +736,7 @@ def search_precisions(
         ),
         reuse_bytes=reuse_mib << 20,
     )
-    prepared = _prepare(settings, preparing)
+    prepared = _prepare(settings, loaded, preparing)
     if algorithm == "auto" and prepared.space.size <= _nsga2_evaluations(settings, stops):
         settings = settings.model_copy(update={"algorithm": "exhaustive"})
     if dry_run:
@@ -1243,12 +1242,12 @@ def sensitivity(
         with Study(study, write=True) as opened:
             settings, facts = settings_of(opened)
             _refuse_changes(settings)
-            prepared = _prepare(settings, progress)
+            prepared = _prepare(settings, load(settings.model.path), progress)
             _refuse_other_study(prepared, facts, opened.folder)
             with _resumable(opened.folder):
                 found = _sensitivity(prepared, opened, workers, scheduler, progress)
     else:
-        settings = _settings(
+        loaded, settings = _settings(
             model,
             target,
             calibration,
@@ -1263,7 +1262,7 @@ def sensitivity(
                 clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
             ),
         )
-        prepared = _prepare(settings, progress)
+        prepared = _prepare(settings, loaded, progress)
         found = _sensitivity(prepared, None, workers, scheduler, progress)
     if picture is not None:
         from bitwright.plots import sensitivity_page

@@ -33,7 +33,7 @@ from bitwright.quant.load import load
 Array = npt.NDArray[Any]
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
-COMMANDS = ["inspect", "plan", "cost", "quantize", "evaluate", "compare", "compile"]
+COMMANDS = ["inspect", "plan", "cost", "quantize", "evaluate", "compare", "compile", "search"]
 
 
 @dataclass
@@ -66,6 +66,15 @@ class Bench:
             given = {"precision": "w8a8", "calibration": self.data, "output": self.output}
         if command in ("evaluate", "compare"):
             given = {"data": self.data}
+        if command == "search":
+            given = {
+                "target": "bitfusion/eyeriss",
+                "calibration": self.data,
+                "validation": self.data,
+                "metric": "mse",
+                "generations": 1,
+                "output": self.folder / "study",
+            }
         if command == "compile":
             given = {
                 "target": "bitfusion/eyeriss",
@@ -817,7 +826,7 @@ def test_no_labels(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "metric, expected",
     [
-        ("top2", "choose one of mse, sqnr, top1, top5"),
+        ("f1", "choose one of mse, per, perplexity, sqnr, top1, top5, wer, top<K>"),
         ("", "choose one of"),
         ("no.such.module:Metric", "cannot be loaded"),
         ("math:no_such_thing", "cannot be loaded"),

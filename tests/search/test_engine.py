@@ -407,9 +407,10 @@ def test_patience_ends_a_search_without_progress(tmp_path: Path) -> None:
     w8, w4, w2 = uniform(8, 4, 2)
     mixed: Plan = (*w4[:3], w2[3])
     # More error than w4, and less speed.
-    worse, worst = ([(Precision(*bits),) * 4] for bits in ((2, 16), (16, 2)))
+    worse: Plan = (Precision(2, 16),) * 4
+    worst: Plan = (Precision(16, 2),) * 4
     # The hypervolume grows in the first, third and sixth generation.
-    script: list[list[Plan]] = [[w8], [w8], [w4, w8], worse, worst, [mixed], *4 * [[w8]]]
+    script: list[list[Plan]] = [[w8], [w8], [w4, w8], [worse], [worst], [mixed], *4 * [[w8]]]
     expected = {1: 2, 2: 5, 3: 9}
     for patience, generations in expected.items():
         algorithm = Scripted(made, script)
