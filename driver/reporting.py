@@ -22,7 +22,7 @@ from bitwright.search.objectives import GAINS
 from bitwright.search.settings import problem_of, settings_of
 from bitwright.search.study import Study
 from bitwright.search_tables import short_plan, shown_value
-from bitwright.searching import Front, Point, _point, front, search_precisions
+from bitwright.searching import Front, Point, front, point_of, search_precisions
 from bitwright.vocabulary import BIT_WIDTHS, PrecisionPlan
 
 __all__ = ["Report", "report"]
@@ -48,6 +48,8 @@ class Report:
         Why there is no front; empty if there is one.
     ended
         Why the search ended; None if it goes on or was interrupted.
+    stops
+        The limits of the search that ended.
     last_evaluation
         When the last evaluation was finished; None before the first.
     layer_costs
@@ -63,6 +65,7 @@ class Report:
     best: int | None
     nothing: str
     ended: str | None
+    stops: Mapping[str, Any]
     last_evaluation: datetime | None
     layer_costs: Mapping[str, Mapping[str, Mapping[str, float]]]
     sensitivity: Mapping[str, Mapping[str, float | None]]
@@ -89,7 +92,7 @@ class Report:
     @property
     def command(self) -> str:
         """The command line that repeats the search."""
-        return _command(self.front, ended=self.ended is not None)
+        return _command(self.front, self.stops)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints: all that the page shows."""
@@ -189,8 +192,8 @@ def _read(folder: str | Path) -> Report:
         problem = problem_of(study)
         evaluations = study.evaluations()
         tests = study.tests()
-        ended = study.meta("ended")
-        (finished,) = study._database.execute("SELECT MAX(finished) FROM evaluations").fetchone()
+        ended, stops = study.meta("ended"), study.meta("stops")
+        finished = study.last_finished()
         costs = study.meta("layer_costs")
         measured = study.sensitivity()
     try:
@@ -214,13 +217,14 @@ def _read(folder: str | Path) -> Report:
     return Report(
         front=found,
         others=tuple(
-            _point(entry, problem, tests)
+            point_of(entry, problem, tests)
             for entry in evaluations
             if problem.feasible(entry) and entry.number not in listed
         ),
         best=best,
         nothing=nothing,
         ended=ended,
+        stops=stops or {},
         last_evaluation=None if finished is None else datetime.fromtimestamp(finished, UTC),
         layer_costs=layer_costs,
         sensitivity={
@@ -255,13 +259,13 @@ def _finite(value: Any) -> Any:
 # -- how to repeat it --------------------------------------------------------------------------
 
 
-def _command(found: Front, *, ended: bool) -> str:
+def _command(found: Front, stops: Mapping[str, Any]) -> str:
     settings = found.settings
     options: dict[str, Any] = {
         **settings.model_dump(),
         **settings.model_dump()["quantization"],
         "objectives": ",".join(settings.objectives),
-        "generations": len(found.generations),
+        **stops,
     }
     words = ["bitwright", "search", settings.model.path, "--target", settings.target]
     words += ["--calibration", settings.calibration.path]
@@ -273,7 +277,7 @@ def _command(found: Front, *, ended: bool) -> str:
     for name in (
         "objectives metric start algorithm population offspring seed subsets samples vector_values "
         "clip percentile elementwise_bits batch_size"
-    ).split() + (["generations"] if ended else []):
+    ).split() + [name for name in ("generations", "evaluations", "patience") if name in stops]:
         if options[name] != parameters[name].default:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
     if settings.precisions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 
 from rich.markup import escape
 
@@ -71,7 +72,8 @@ def print_search(result: Search) -> None:
     for name, precision in space.kept.items():
         listed.add_row(escape(name), "kept", str(precision))
     out.print(listed)
-    size = f"{space.size:,}" if space.size < 10**12 else f"{float(space.size):.3g}"
+    # Not float(): hundreds of layers make more plans than a float can count.
+    size = f"{space.size:,}" if space.size < 10**12 else f"{Decimal(space.size):.3g}"
     out.print(f"space: {size} plans")
     out.print(
         f"float model: {result.scale.name} "

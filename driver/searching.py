@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -73,6 +73,7 @@ __all__ = [
     "Sensitivity",
     "front",
     "plan_of_study",
+    "point_of",
     "quantization_of_study",
     "search_precisions",
     "sensitivity",
@@ -873,6 +874,7 @@ def _run(
             engine.problem = problem = replace(prepared.problem, reference=reference)
             ended = engine.run(_algorithm(settings, prepared, problem))
             study.set_meta("ended", ended)
+            study.set_meta("stops", asdict(stops))
             _test(study, settings, prepared, problem, workers, scheduler, progress)
     found = front(study.folder)
     evaluated = [e for e in study.evaluations() if e.origin != "baseline"]
@@ -1084,7 +1086,7 @@ def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | Non
     ]
 
     def point(entry: Evaluation) -> Point:
-        return _point(entry, problem, tests)
+        return point_of(entry, problem, tests)
 
     found = Front(
         folder=Path(study),
@@ -1103,7 +1105,8 @@ def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | Non
     return replace(found, picked=found.pick(best or (), by))
 
 
-def _point(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[float, int]]) -> Point:
+def point_of(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[float, int]]) -> Point:
+    """An evaluation as people read it."""
     scale, result = problem.scale, entry.result
     names = [objective.name for objective in problem.objectives]
     values = problem.values(result.error, entry.gains)

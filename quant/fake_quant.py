@@ -646,7 +646,7 @@ class FakeQuant:
 
 
 def _bytes(value: ort.OrtValue) -> int:
-    return 4 * math.prod(value.shape())
+    return 4 * math.prod(map(int, value.shape()))
 
 
 def _session(model: bytes) -> ort.InferenceSession:

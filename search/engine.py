@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from bitwright.search.algorithm import Algorithm
 from bitwright.search.evaluator import Result
@@ -249,44 +250,53 @@ def guided_start(
     count
         How many genomes, evenly spread over the way, both ends among them.
     """
-    hardware = [
-        (number, objective)
-        for number, objective in enumerate(problem.objectives)
-        if objective.name != problem.scale.name
-    ]
+    places = {name: place for place, name in enumerate(space.layers)}
+    genome = [int(g) for g in space.highest]
 
-    def value(plan: Plan) -> float:
-        found = problem.minimized(None, costs.of(plan))
-        total = 0.0
-        for number, _ in hardware:
-            worst, best = problem.reference[number]
-            total += (worst - found[number]) / (worst - best) if worst != best else 0.0
+    def values(choices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        gains = costs.of_many(choices)
+        total = np.zeros(len(choices))
+        for objective, (worst, best) in zip(problem.objectives, problem.reference, strict=True):
+            if objective.name == problem.scale.name or worst == best:
+                continue
+            found = gains[objective.name] * (-1.0 if objective.maximize else 1.0)
+            total += np.where(np.isnan(found), 0.0, (worst - found) / (worst - best))
         return total
 
-    def noise_of(plan: Plan) -> float:
-        return sum(
-            noise.get(name, {}).get(precision, 0.0)
-            for name, precision in zip(space.layers, plan, strict=True)
-        )
+    def noise_of(place: int, precision: Precision) -> float:
+        return noise.get(space.layers[place], {}).get(precision, 0.0)
 
-    genome = [int(g) for g in space.highest]
+    def step_down(number: int) -> tuple[list[int], npt.NDArray[np.intp], float]:
+        """Where a plan changes if a gene goes one down, to what, and the noise that this adds."""
+        changed = [places[name] for name in space.genes[number].layers]
+        before = space.plan(genome)
+        after = space.plan([value - (n == number) for n, value in enumerate(genome)])
+        added = sum(noise_of(p, after[p]) - noise_of(p, before[p]) for p in changed)
+        return changed, costs.choice(after)[changed], added
+
     way: list[Genome] = [tuple(genome)]
-    plan = space.plan(genome)
-    now, loud = value(plan), noise_of(plan)
-    while any(genome):
-        steps: list[tuple[bool, float, int, float, float]] = []
-        for number, gene in enumerate(genome):
-            if gene == 0:
-                continue
-            genome[number] -= 1
-            plan = space.plan(genome)
-            gain, added = value(plan) - now, noise_of(plan) - loud
+    steps = {number: step_down(number) for number, gene in enumerate(genome) if gene}
+    while steps:
+        current = costs.choice(space.plan(genome))
+        # A model may have hundreds of genes, so all of them at once.
+        choices = np.tile(current, (len(steps) + 1, 1))
+        for row, (changed, indices, _) in enumerate(steps.values(), start=1):
+            choices[row, changed] = indices
+        now, *after = values(choices).tolist()
+        rates: list[tuple[bool, float, int]] = []
+        for (number, (_, _, added)), then in zip(steps.items(), after, strict=True):
+            gain = then - now
             # A gain for nothing is best, a loss worst.
             rate = gain / max(added, 1e-12) if gain > 0 else -added
-            steps.append((gain > 0, rate, -number, now + gain, loud + added))
-            genome[number] += 1
-        _, _, number, now, loud = max(steps)
-        genome[-number] -= 1
+            rates.append((gain > 0, rate, -number))
+        chosen = -max(rates)[2]
+        genome[chosen] -= 1
         way.append(tuple(genome))
+        for number, gene in enumerate(space.genes):  # those of the same layers
+            if gene.layers == space.genes[chosen].layers and number in steps:
+                if genome[number]:
+                    steps[number] = step_down(number)
+                else:
+                    del steps[number]
     picked = np.unique(np.linspace(0, len(way) - 1, max(count, 2)).round().astype(int))
     return [way[index] for index in picked]

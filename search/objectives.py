@@ -357,17 +357,24 @@ class Costs:
 
     def of(self, plan: Plan) -> dict[str, float]:
         """All gains of a plan, by name; NaN where the cost model does not define one."""
-        choice = np.array([self._index[precision] for precision in plan], dtype=np.intp)
-        total = dict(zip(QUANTITIES, self._table.totals(choice).tolist(), strict=True))
+        return {name: float(value) for name, value in self.of_many(self.choice(plan)).items()}
+
+    def choice(self, plan: Plan) -> npt.NDArray[np.intp]:
+        """Index of each layer's precision in the table, ``[layers]``."""
+        return np.array([self._index[precision] for precision in plan], dtype=np.intp)
+
+    def of_many(self, choices: npt.NDArray[np.intp]) -> dict[str, npt.NDArray[np.float64]]:
+        """Gains of many plans at once, as in :meth:`of`: of ``[..., layers]`` indices ``[...]``."""
+        total = dict(zip(QUANTITIES, np.moveaxis(self._table.totals(choices), -1, 0), strict=True))
         memory_bits = total["weight_bits"] + self._vector_bits
         base = self._totals_of_base
         cycles = "cycles" if not math.isnan(base["cycles"]) else "relative_cycles"
-        ratios = self._ratios[np.arange(len(choice)), choice]
+        ratios = self._ratios[np.arange(len(self._layers)), choices]
         return {
-            "memory": math.ceil(memory_bits / 8),
+            "memory": np.ceil(memory_bits / 8),
             "compression": self._values * _FLOAT_BITS / memory_bits,
             "speedup": base[cycles] / total[cycles],
-            "mean_speedup": float((self._macs * ratios).sum() / self._operations),
+            "mean_speedup": (self._macs * ratios).sum(axis=-1) / self._operations,
             "cycles": total["cycles"],
             "relative_cycles": total["relative_cycles"],
             "time": 1e3 * total["seconds"],

@@ -311,6 +311,12 @@ class Study:
             ).fetchall()
             return [_evaluation(*row) for row in rows]
 
+    def last_finished(self) -> float | None:
+        """When the last evaluation was finished, in seconds since 1970; None before the first."""
+        with self._guarded():
+            (found,) = self._database.execute("SELECT MAX(finished) FROM evaluations").fetchone()
+        return None if found is None else float(found)
+
     # -- the course of the search --------------------------------------------------------------
 
     def set_generation(self, generation: Generation) -> None:

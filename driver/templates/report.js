@@ -81,8 +81,8 @@ function layout(height, more) {
 }
 
 function nameOf(point) {
-  const label = DATA.labels[point.number];
-  return label === undefined ? `#${point.number}` : `#${point.number} (${label})`;
+  const called = DATA.labels[point.number];
+  return called === undefined ? `#${point.number}` : `#${point.number} (${called})`;
 }
 
 // -- the front --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ function drawFront() {
       all.filter((point) => point.role === ""),
       { marker: { color: GREY, size: 5, opacity: 0.35 } },
     ),
-    trace("uniform plans", baselines, {
+    trace("baselines", baselines, {
       mode: "markers+text",
       text: baselines.map((point) => DATA.labels[point.number]),
       textposition: baselines.map((_, index) => (index % 2 ? "bottom center" : "top center")),
@@ -384,7 +384,7 @@ function drawPrecisions() {
   const bits = FRONT.map((point) =>
     point.precisions.map((text) => /^w(\d+)a(\d+)$/.exec(text).slice(1).map(Number)),
   );
-  const equal = bits.every((plan) => plan.every(([weights, activations]) => weights === activations));
+  const equal = bits.flat().every(([weights, activations]) => weights === activations);
   const panels = equal ? ["weights and activations"] : ["weights", "activations"];
   const colorscale = BIT_COLORS.flatMap((color, index) => [
     [index / BIT_COLORS.length, color],
@@ -465,7 +465,9 @@ function select(number) {
 
 function begin() {
   const choose = (id, options, chosen) => {
-    byId(id).append(...options.map(([value, text]) => new Option(text, value, false, value === chosen)));
+    for (const [value, text] of options) {
+      byId(id).append(new Option(text, value, false, value === chosen));
+    }
   };
   const axes = STUDY.objectives.map(({ name }, index) => [index, name]);
   const error = axes.findIndex(([, name]) => name === REPORT.error.name);

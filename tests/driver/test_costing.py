@@ -141,7 +141,7 @@ def test_no_number_is_cut_where_the_terminal_is_narrow(
     output = io.StringIO()
     monkeypatch.setattr(
         tables,
-        "_console",
+        "new_console",
         lambda width=columns: Console(
             file=output, width=width, force_terminal=True, color_system=None, emoji=False
         ),

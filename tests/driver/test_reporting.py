@@ -106,6 +106,10 @@ def test_the_twin_is_the_front_and_what_the_page_shows(
     (limit,) = document["limits"]
     assert limit["value"] == pytest.approx(same.float_error + 1)
     assert document["settings"]["subsets"] == 2
+    called = {point.number: str(point.plan[0]) for point in same.baselines}
+    narrow, wide = (point.number for point in same.baselines if point.origin == "baseline")
+    called |= {narrow: "fewest bits", wide: "most bits"}  # as fc3 is kept at 8
+    assert embedded(page.read_text())["labels"] == {str(n): text for n, text in called.items()}
 
 
 def test_sqnr_is_the_noise_in_decibels(made: tuple[Report, Path]) -> None:
@@ -329,7 +333,7 @@ def browser() -> Iterator[Browser]:
 
 
 def front_points(page: Page) -> Locator:
-    """The points of the front; the traces before it are other plans and uniform ones."""
+    """The points of the front; the traces before it are other plans and baselines."""
     return page.locator("#front .scatterlayer .trace").nth(2).locator("path.point")
 
 
@@ -349,6 +353,8 @@ def test_a_click_on_the_front_shows_a_plan(
         assert drawn.count() == len(points)
         assert drawn.first.is_visible()
         assert page.locator("#number").inner_text() == f"#{found.best}"
+        lines = "document.getElementById('front').layout.annotations.map((line) => line.text)"
+        assert page.evaluate(lines) == ["float model", "error&lt;=+1pp"]
         # The one that is farthest from all others, so that no other can be meant.
         places = [middle(drawn.nth(index)) for index in range(len(points))]
         chosen = max(

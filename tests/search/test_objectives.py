@@ -145,6 +145,17 @@ def test_bounds_are_the_ends_of_all_plans(accelerator: targets.Accelerator) -> N
             assert high == pytest.approx(max(values), rel=1e-12), name
 
 
+def test_many_plans_at_once_have_the_gains_of_each(accelerator: targets.Accelerator) -> None:
+    costs = costs_of(accelerator, vector_values=11)
+    allowed = accelerator.allowed_precisions
+    drawn = np.random.default_rng(0).integers(len(allowed), size=(7, len(LAYERS)))
+    plans = [tuple(allowed[n] for n in row) for row in drawn]
+    many = costs.of_many(np.array([costs.choice(plan) for plan in plans]))
+    for number, plan in enumerate(plans):
+        found = {name: values[number] for name, values in many.items()}
+        assert found == pytest.approx(costs.of(plan), rel=1e-12, nan_ok=True)
+
+
 def test_costs_of_a_model_of_ones_own(tmp_path: Path) -> None:
     # 16 multiply-accumulates of 2 layers at 2 and 1 in a cycle, at 1 MHz: 8 and 16 cycles each.
     macs: dict[str, Any] = {

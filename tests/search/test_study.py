@@ -286,7 +286,7 @@ def test_a_reader_sees_whole_evaluations_while_another_process_writes(folder: Pa
             assert found == list(range(1, len(found) + 1))
             assert len(found) >= seen[-1]
             seen.append(len(found))
-            time.sleep(0.002)
+            time.sleep(0.02)
         process.stdin.close()
         told = int(process.stdout.read())
     assert process.returncode == 0
@@ -315,23 +315,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def fill(study: Study, number: int) -> tuple[int, OutputError]:
+    """Add evaluations until nothing more can be written; return the last number, and why."""
+    while number < 10**4:
+        try:
+            study.add(evaluation(number, 0.5, {"memory": float(number)}))
+        except OutputError as error:
+            return number - 1, error
+        number += 1
+    raise AssertionError("the disk has no end")
+
+
 def test_a_full_disk_loses_no_evaluation(small_disk: Path) -> None:
     folder, filling = small_disk / "study", small_disk / "filling"
     with Study.create(folder, META) as study:
         filling.write_bytes(bytes(40 << 10))
-        told: list[int] = []
-
-        def fill() -> None:
-            for number in range(1, 10**4):
-                study.add(evaluation(number, 0.5, {"memory": float(number)}))
-                told.append(number)
-
-        with pytest.raises(OutputError, match="full") as caught:
-            fill()
-        added = len(told)
+        added, error = fill(study, 1)
         assert added > 10
-        assert caught.value.exit_code == 2
-        assert "--resume" in (caught.value.fix or "")
+        assert error.what == "cannot be written (database or disk is full)"
+        assert error.exit_code == 2
+        assert "bitwright search --resume" in (error.fix or "")
         # The same object can be read, and goes on where there is space again.
         assert [entry.number for entry in study.evaluations()] == list(range(1, added + 1))
         filling.unlink()
@@ -354,31 +357,19 @@ def test_a_disk_that_is_full_before_the_study_keeps_nothing_of_it(small_disk: Pa
     assert list(folder.iterdir()) == []
 
 
-def test_a_limit_on_the_size_of_files_loses_no_evaluation(tmp_path: Path) -> None:
-    folder = tmp_path / "study"
-    program = script(
-        """
-        import resource
-        from bitwright.errors import OutputError
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        with Study.create(sys.argv[1], {}) as study:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-            try:
-                for number in range(1, 10**4):
-                    study.add(evaluation(number, 0.5, {"memory": 1.0}))
-                    print(number)
-            except OutputError as error:
-                sys.exit(error.exit_code)
-        """,
-        folder,
-    )
-    done = subprocess.run(**program, check=False, capture_output=True)
-    assert done.returncode == 2, done.stderr
-    told = len(done.stdout.split())
-    assert told > 10
-    assert numbers(folder) == list(range(1, told + 1))
+def test_a_limit_on_the_size_of_files_loses_no_evaluation(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Study(folder, write=True) as study:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+        try:
+            told, error = fill(study, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert told > 12
+        assert "cannot be written" in error.what
+        assert [entry.number for entry in study.evaluations()] == list(range(1, told + 1))
         study.add(evaluation(told + 1, 0.5, {}))
+    assert numbers(folder) == list(range(1, told + 2))
 
 
 @contextmanager
