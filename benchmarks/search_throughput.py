@@ -50,7 +50,8 @@ from bitwright.quant.float_ops import make_session
 from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import load
 from bitwright.quant.samples import Samples
-from bitwright.search.evaluator import EvaluationJob, PostTraining, QuantizationOptions, job_for
+from bitwright.search.evaluator import EvaluationJob, PostTraining, job_for
+from bitwright.search.results import QuantizationOptions
 from bitwright.search.space import Plan
 
 ALL = [Precision(w, a) for w in (2, 4, 8, 16) for a in (2, 4, 8, 16)]
@@ -197,7 +198,7 @@ def measure(case: Case) -> tuple[list[str], bool]:
     timers = []
     for runner in runners:
         timer = TimedSession(runner.session)
-        runner.session = timer  # type: ignore[assignment]
+        runner.session = timer
         timers.append(timer)
     run_float = float_runner(case)
     tried = plans(len(job.layers), case.candidates)

@@ -22,18 +22,12 @@ if TYPE_CHECKING:
     from bitwright.costing import Cost, cost
     from bitwright.errors import BitwrightError
     from bitwright.evaluation import Comparison, Evaluation, SideBySide, compare, evaluate, run
+    from bitwright.fronts import Front, front
     from bitwright.inspection import Inspection, inspect
     from bitwright.planning import make_plan
     from bitwright.quantization import quantize
     from bitwright.reporting import Report, report
-    from bitwright.searching import (
-        Front,
-        Search,
-        Sensitivity,
-        front,
-        search_precisions,
-        sensitivity,
-    )
+    from bitwright.searching import Search, Sensitivity, search_precisions, sensitivity
     from bitwright.vocabulary import Layer, LayerCost, ModelCost, Precision, PrecisionPlan
 
 __all__ = [
@@ -79,7 +73,7 @@ _HOMES = {
     "Comparison": "evaluation",
     "Cost": "costing",
     "Evaluation": "evaluation",
-    "Front": "searching",
+    "Front": "fronts",
     "Inspection": "inspection",
     "Layer": "vocabulary",
     "LayerCost": "vocabulary",
@@ -98,7 +92,7 @@ _HOMES = {
     "describe_target": "compilation",
     "describe_targets": "compilation",
     "evaluate": "evaluation",
-    "front": "searching",
+    "front": "fronts",
     "inspect": "inspection",
     "load_artifact": "artifact",
     "make_plan": "planning",

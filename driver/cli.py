@@ -205,7 +205,7 @@ ElementwiseBits = Annotated[
     typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
 ]
 CalibrationBatch = Annotated[
-    int | None, typer.Option(help="Samples of one calibration run [default: to fit memory].")
+    int | None, typer.Option(help="Samples of one calibration run \\[default: to fit memory].")
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -403,7 +403,7 @@ def compile_(
         str | None,
         typer.Option(
             help="An accelerator (bitwright targets), or a description (.yaml) "
-            "[default: that of the study of --plan DIR#3]."
+            "\\[default: that of the study of --plan DIR#3]."
         ),
     ] = None,
     precision: PrecisionOfAll = None,
@@ -478,14 +478,14 @@ def run(
         ),
     ] = "top1",
     float_model: Annotated[
-        Path | None, _file_option("--float", help="The float model [default: what was compiled].")
+        Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
     ] = None,
     reference: Annotated[
         bool, typer.Option(help="Run the integer reference too, which is slow.")
     ] = True,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 64,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the artefact [default: one a processor].")
+        int | None, typer.Option(help="Threads of the artefact \\[default: one a processor].")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -584,11 +584,13 @@ MetricName = Annotated[
     ),
 ]
 Precisions = Annotated[
-    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 [default: all allowed].")
+    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
-UsedSamples = Annotated[int | None, typer.Option(help="Validation samples to use [default: all].")]
+UsedSamples = Annotated[
+    int | None, typer.Option(help="Validation samples to use \\[default: all].")
+]
 VectorValues = Annotated[
     int, typer.Option(help="Values beside the weights that count as memory, at 16 bits each.")
 ]
@@ -798,7 +800,7 @@ def front(
         typer.Option(metavar="LIMIT", help="Pick the best plan that meets limits: error<=+1pp."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="What it is best in [default: the first gain].")
+        str | None, typer.Option(help="What it is best in \\[default: the first gain].")
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the names of plans alone: DIR#number.")
@@ -806,7 +808,7 @@ def front(
     as_json: Json = False,
 ) -> None:
     """List the plans that a search found, or pick one."""
-    from bitwright.searching import front as run
+    from bitwright.fronts import front as run
 
     result = run(study, best=best, by=by)
     if as_json:

@@ -304,7 +304,7 @@ def _as_in_study(
     plan: str, target: Any, calibration: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Fill in from a study what is not given: its figures are those of its own calibration."""
-    from bitwright.searching import quantization_of_study
+    from bitwright.fronts import quantization_of_study
 
     study_target, file, study_options = quantization_of_study(plan)
     target = study_target if target is None else target

@@ -104,7 +104,7 @@ def resolve_plan(
         return fit_plan(model, plan)
     assert plan is not None
     if is_study_plan(plan):
-        from bitwright.searching import plan_of_study
+        from bitwright.fronts import plan_of_study
 
         return fit_plan(model, plan_of_study(str(plan)), where=str(plan))
     try:

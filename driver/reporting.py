@@ -18,11 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from bitwright import plots
 from bitwright.errors import StudyError, UsageError
 from bitwright.files import check_writable, write_atomically
+from bitwright.fronts import Front, Point, front, point_of
 from bitwright.search.objectives import GAINS
 from bitwright.search.settings import problem_of, settings_of
 from bitwright.search.study import Study
-from bitwright.search_tables import short_plan, shown_value
-from bitwright.searching import Front, Point, front, point_of, search_precisions
+from bitwright.search_tables import short_plan
+from bitwright.searching import search_precisions
+from bitwright.units import quantity
 from bitwright.vocabulary import BIT_WIDTHS, PrecisionPlan
 
 __all__ = ["Report", "report"]
@@ -333,7 +335,7 @@ def _summary(found: Report) -> list[str]:
     front, scale = found.front, found.front.problem.scale
     total = sum(front.evaluations.values())
     counts = ", ".join(f"{count:,} {status}" for status, count in front.evaluations.items())
-    float_error = shown_value(front.float_error, scale.shown_unit)
+    float_error = quantity(front.float_error, scale.shown_unit)
     if found.ended is None:
         state = "the search is unfinished: it is running, or it was interrupted"
     else:
@@ -410,7 +412,7 @@ def _drawn(found: Report) -> dict[str, Any]:
         "widths": BIT_WIDTHS,
         "labels": _labels(front),
         "float_errors": [
-            shown_value(error, scale.shown_unit)
+            quantity(error, scale.shown_unit)
             for error in (front.float_error, front.float_error, front.float_test_error)
         ],
         "shown": {point.number: _shown(point, front) for point in points},
@@ -451,8 +453,8 @@ def _shown(point: Point, front: Front) -> dict[str, Any]:
     return {
         "plan": short_plan(point.plan),
         "values": {
-            name: shown_value(value, units[name])
+            name: quantity(value, units[name])
             for name, value in {**point.gains, **point.values}.items()
         },
-        "errors": [shown_value(error, scale.shown_unit) for error in errors],
+        "errors": [quantity(error, scale.shown_unit) for error in errors],
     }

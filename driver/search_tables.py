@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
@@ -10,10 +9,12 @@ from decimal import Decimal
 from rich.markup import escape
 
 from bitwright import units
+from bitwright.fronts import Front, Point
 from bitwright.search.objectives import ErrorScale, Objective
 from bitwright.search.space import Plan
-from bitwright.searching import Front, Point, Search, Sensitivity
+from bitwright.searching import Search, Sensitivity
 from bitwright.tables import new_console, new_table
+from bitwright.units import quantity
 from bitwright.vocabulary import Precision
 
 __all__ = ["print_front", "print_search", "print_sensitivity", "short_plan"]
@@ -31,25 +32,6 @@ def short_plan(plan: Plan) -> str:
     return ", ".join(shown) + (", ..." if len(counts) > _LISTED else "")
 
 
-def shown_value(value: float | None, unit: str) -> str:
-    """A value of an objective with its unit."""
-    if value is None or math.isnan(value):
-        return "-"
-    if unit == "bytes":
-        return units.data(8 * value)
-    if unit == "uJ":
-        return units.energy(1e6 * value)
-    if unit == "ms":
-        return units.time(1e-3 * value)
-    if unit == "x":
-        return units.ratio(value)
-    if unit == "%":
-        return f"{value:.2f} %"
-    if unit == "cycles":
-        return units.number(value)
-    return f"{value:.4g} {unit}".rstrip()
-
-
 def print_search(result: Search) -> None:
     """Print what a search found, or what it would do."""
     out = new_console()
@@ -58,7 +40,7 @@ def print_search(result: Search) -> None:
     if result.front is not None:
         seconds = units.time(result.seconds)
         out.print(
-            f"{result.evaluations:,} plans evaluated in {seconds} ({result.algorithm}); "
+            f"{result.new_evaluations:,} plans evaluated in {seconds} ({result.algorithm}); "
             f"{escape(result.ended)}",
         )
         print_front(result.front)
@@ -77,7 +59,7 @@ def print_search(result: Search) -> None:
     out.print(f"space: {size} plans")
     out.print(
         f"float model: {result.scale.name} "
-        f"{shown_value(result.scale.shown(result.float_error), result.scale.shown_unit)}"
+        f"{quantity(result.scale.shown(result.float_error), result.scale.shown_unit)}"
     )
     out.print(
         f"one evaluation: {units.time(result.seconds_per_evaluation)}; {result.evaluations:,} of "
@@ -106,9 +88,9 @@ def print_front(found: Front, *, quiet: bool = False) -> None:
         for point in found.baselines:
             listed.add_row(*_row(point, objectives, scale, tested=tested))
     out.print(listed)
-    said = f"float model: {scale.name} {shown_value(found.float_error, scale.shown_unit)}"
+    said = f"float model: {scale.name} {quantity(found.float_error, scale.shown_unit)}"
     if found.float_test_error is not None:
-        said += f", on test data {shown_value(found.float_test_error, scale.shown_unit)}"
+        said += f", on test data {quantity(found.float_test_error, scale.shown_unit)}"
     out.print(f"{said} ({found.facts.samples:,} validation samples)")
     counts = ", ".join(f"{count:,} {status}" for status, count in found.evaluations.items())
     out.print(f"front: {len(found.points)} plans; evaluations: {counts}")
@@ -128,9 +110,9 @@ def print_front(found: Front, *, quiet: bool = False) -> None:
 def _row(
     point: Point, objectives: Sequence[Objective], scale: ErrorScale, *, tested: bool
 ) -> list[str]:
-    values = [shown_value(point.values[o.name], o.unit) for o in objectives]
+    values = [quantity(point.values[o.name], o.unit) for o in objectives]
     if tested:
-        values.append(shown_value(point.test_error, scale.shown_unit))
+        values.append(quantity(point.test_error, scale.shown_unit))
     return [f"#{point.number}", short_plan(point.plan), *values]
 
 
@@ -155,6 +137,6 @@ def print_sensitivity(found: Sensitivity) -> None:
         )
     out.print(listed)
     out.print(
-        f"all layers at the widest: {shown_value(found.base_error, unit)}; float model: "
-        f"{shown_value(found.float_error, unit)}; {found.samples:,} samples; {found.target}"
+        f"all layers at the widest: {quantity(found.base_error, unit)}; float model: "
+        f"{quantity(found.float_error, unit)}; {found.samples:,} samples; {found.target}"
     )

@@ -1,27 +1,28 @@
-"""``bitwright search``, ``front`` and ``sensitivity``: precisions found, not chosen by hand."""
+"""``bitwright search`` and ``sensitivity``: precisions found, not chosen by hand."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from bitwright import targets
-from bitwright.artifact import sha256
 from bitwright.costing import sized_layers
 from bitwright.errors import (
-    DataError,
     Interrupted,
     ModelError,
+    PlanError,
     StudyError,
     UsageError,
 )
 from bitwright.files import check_writable, write_atomically
+from bitwright.fronts import Front, digest, front, nobody, refuse_change, shown_error
 from bitwright.inspection import shape_option
 from bitwright.quant.load import Model, load
 from bitwright.quant.metrics import get_metric
@@ -38,46 +39,33 @@ from bitwright.search.engine import (
 from bitwright.search.evaluator import (
     EvaluationJob,
     PostTraining,
-    QuantizationOptions,
-    Result,
     job_for,
     job_on,
 )
-from bitwright.search.objectives import GAINS, Costs, ErrorScale, parse_constraint
+from bitwright.search.objectives import GAINS, Costs, ErrorScale
 from bitwright.search.problem import Problem, references
+from bitwright.search.results import QuantizationOptions, Result
 from bitwright.search.settings import (
     DataFile,
     SearchSettings,
     StudyFacts,
     make_problem,
-    problem_of,
     settings_of,
 )
 from bitwright.search.space import Plan, Space, make_space
 from bitwright.search.study import (
     Evaluation,
-    Generation,
     Study,
     check_new,
+    discard_empty,
     plan_text,
 )
 from bitwright.search.workers import open_pool
 from bitwright.targets import Accelerator
 from bitwright.targets.cost_table import cache_file, cost_table
-from bitwright.vocabulary import Layer, Precision, PrecisionPlan
+from bitwright.vocabulary import Layer, Precision
 
-__all__ = [
-    "Front",
-    "Point",
-    "Search",
-    "Sensitivity",
-    "front",
-    "plan_of_study",
-    "point_of",
-    "quantization_of_study",
-    "search_precisions",
-    "sensitivity",
-]
+__all__ = ["Search", "Sensitivity", "search_precisions", "sensitivity"]
 
 Algorithms: TypeAlias = Literal["auto", "nsga2", "exhaustive", "random"]
 
@@ -87,184 +75,6 @@ _NOTHING: Final = Result("skipped", None)
 
 
 # -- results -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One plan of a study, as people read it.
-
-    Attributes
-    ----------
-    number
-        Its number in the study; ``DIR#number`` names the plan.
-    plan
-        The precision of every layer, in the order of the layers.
-    status
-        ``ok``, ``stopped``, ``skipped`` or ``failed``.
-    values
-        Objective name to value, in its unit; NaN where there is none.
-    gains
-        All gains of the hardware that the target's cost model defines.
-    overall_error
-        Error over all validation samples that were run, as shown.
-    test_error
-        Error on the test data, as shown; None without.
-    origin
-        ``baseline``, ``start`` or ``search``.
-    message
-        Why it failed.
-    """
-
-    number: int
-    plan: Plan
-    status: str
-    values: Mapping[str, float]
-    gains: Mapping[str, float]
-    overall_error: float | None
-    test_error: float | None
-    origin: str
-    message: str = ""
-
-    def to_dict(self, layers: Sequence[str]) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
-
-        def number(value: float | None) -> float | None:
-            return None if value is None or math.isnan(value) else value
-
-        return {
-            "number": self.number,
-            "status": self.status,
-            "objectives": {name: number(value) for name, value in self.values.items()},
-            "gains": dict(self.gains),
-            "overall_error": number(self.overall_error),
-            "test_error": number(self.test_error),
-            "origin": self.origin,
-            "message": self.message,
-            "plan": {name: str(p) for name, p in zip(layers, self.plan, strict=True)},
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Front:
-    """A study as it stands: its front, and what it is compared with.
-
-    Attributes
-    ----------
-    folder
-        The study.
-    settings, facts
-        What was asked for, and what was found before the first evaluation.
-    problem
-        Objectives and constraints.
-    points
-        The front: plans that meet all constraints and that no other beats, by error.
-    baselines
-        Uniform plans, and those with fewest and most bits.
-    evaluations
-        Number of evaluations by status.
-    hypervolume
-        Of the front, 0 to 1.
-    generations
-        The course of the search.
-    float_test_error
-        Of the float model on the test data, as shown; None without.
-    picked
-        The point that was asked for.
-    """
-
-    folder: Path
-    settings: SearchSettings
-    facts: StudyFacts
-    problem: Problem
-    points: tuple[Point, ...]
-    baselines: tuple[Point, ...]
-    evaluations: Mapping[str, int]
-    hypervolume: float
-    generations: tuple[Generation, ...]
-    float_test_error: float | None
-    picked: Point | None = None
-
-    @property
-    def float_error(self) -> float:
-        """Of the float model on the validation data, as shown."""
-        return self.problem.scale.shown(self.problem.float_error)
-
-    def pick(self, constraints: Iterable[str] = (), by: str | None = None) -> Point:
-        """Pick a point.
-
-        Parameters
-        ----------
-        constraints
-            Limits, as for the search; a point has to meet all.
-        by
-            The objective that is to be best; by default the first that is not the error. Of
-            points that are equal in it, the one with the least error.
-
-        Raises
-        ------
-        UsageError
-            If there is no such objective, or no point meets the limits; the message says how
-            close one gets.
-        """
-        scale, problem = self.problem.scale, self.problem
-        parsed = [parse_constraint(text, scale) for text in constraints]
-        names = [objective.name for objective in problem.objectives]
-        wanted = by or next(name for name in names if name != scale.name)
-        wanted = scale.name if wanted == "error" else wanted
-        if wanted not in names:
-            raise UsageError(
-                f"the study has no objective {wanted!r}",
-                where="--by",
-                fix=f"choose one of {', '.join(names)}",
-            )
-        if not self.points:
-            raise _nobody(self)
-
-        def value(point: Point, name: str) -> float:
-            return point.values[name] if name in point.values else point.gains.get(name, math.nan)
-
-        def worst(point: Point) -> float:
-            base = self.float_error
-            return max((c.violation(value(point, c.name), base) for c in parsed), default=0.0)
-
-        good = [point for point in self.points if worst(point) <= 1e-12]
-        if not good:
-            near = min(self.points, key=worst)
-            shown = ", ".join(
-                f"{c.name} {value(near, c.name):.6g}" for c in {c.name: c for c in parsed}.values()
-            )
-            raise UsageError(
-                f"no plan of the front meets {' and '.join(c.text for c in parsed)}",
-                where=str(self.folder),
-                fix=f"the closest is #{near.number}: {shown}",
-            )
-        chosen = next(o for o in problem.objectives if o.name == wanted)
-        error = next((o for o in problem.objectives if o.name == scale.name), None)
-
-        def rank(point: Point) -> tuple[float, float]:
-            second = 0.0 if error is None else error.cost(point.values[error.name])
-            return chosen.cost(point.values[wanted]), second
-
-        return min(good, key=rank)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
-        layers = self.facts.layers
-        return {
-            "folder": str(self.folder),
-            "target": self.facts.target,
-            "objectives": [objective.to_dict() for objective in self.problem.objectives],
-            "constraints": list(self.settings.constraints),
-            "float_error": self.float_error,
-            "float_test_error": self.float_test_error,
-            "samples": self.facts.samples,
-            "layers": list(layers),
-            "front": [point.to_dict(layers) for point in self.points],
-            "baselines": [point.to_dict(layers) for point in self.baselines],
-            "evaluations": dict(self.evaluations),
-            "hypervolume": self.hypervolume,
-            "picked": None if self.picked is None else self.picked.number,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +88,9 @@ class Search:
     algorithm
         ``nsga2``, ``exhaustive`` or ``random``.
     evaluations
-        How many plans it evaluates at most.
+        How many plans the study holds; for a dry run how many it evaluates at most.
+    new_evaluations
+        How many of them are of this run.
     seconds_per_evaluation
         Measured on the widest plan, with one worker; no other takes longer.
     seconds
@@ -294,6 +106,7 @@ class Search:
     space: Space
     algorithm: str
     evaluations: int
+    new_evaluations: int
     seconds_per_evaluation: float
     seconds: float
     float_error: float
@@ -308,6 +121,7 @@ class Search:
             "space": self.space.to_dict(),
             "algorithm": self.algorithm,
             "evaluations": self.evaluations,
+            "new_evaluations": self.new_evaluations,
             "seconds_per_evaluation": self.seconds_per_evaluation,
             "seconds": self.seconds,
             "float_error": self.scale.shown(self.float_error),
@@ -509,6 +323,40 @@ def _settings(
     **rest: Any,
 ) -> tuple[Model, SearchSettings]:
     """Model and settings from the options of a command; what is missing is refused."""
+    _check_given(model, target, calibration, validation)
+    assert model is not None
+    assert target is not None
+    assert calibration is not None
+    assert validation is not None
+    allowed = precisions.split(",") if isinstance(precisions, str) else precisions
+    loaded = load(model)
+    accelerator = targets.get(target)
+    if "constraints" in rest and accelerator.weight_memory_bytes is not None:
+        # What does not fit cannot be compiled.
+        rest["constraints"] += (f"memory<={accelerator.weight_memory_bytes.value}bytes",)
+    return loaded, SearchSettings(
+        model=DataFile(path=str(Path(model).absolute()), sha256=digest(Path(model))),
+        target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
+        calibration=_data_file(calibration),
+        validation=_data_file(validation),
+        test=None if test is None else _data_file(test),
+        metric=metric,
+        precisions=tuple(_precision(entry, "--precisions") for entry in allowed or ()),
+        keep={name: _precision(entry, "--keep") for name, entry in (keep or {}).items()},
+        input_shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
+        quantization=quantization,
+        **rest,
+    )
+
+
+def _precision(value: str | Precision, where: str) -> str:
+    try:
+        return str(Precision.of(value))
+    except PlanError as error:
+        raise PlanError(error.what, where=where, fix=error.fix) from None
+
+
+def _check_given(model: Any, target: Any, calibration: Any, validation: Any) -> None:
     needed = {
         "model": model,
         "target": target,
@@ -518,43 +366,29 @@ def _settings(
     if missing := [name for name, value in needed.items() if value is None]:
         raise UsageError(
             f"there is no {missing[0]}",
-            fix="a new search needs a model, a target (--target), calibration data "
-            "(--calibration) and validation data (--validation)",
+            fix="needed are a model, a target (--target), calibration data (--calibration) and "
+            "validation data (--validation); or a study",
         )
-    assert model is not None
-    assert target is not None
-    assert calibration is not None
-    assert validation is not None
-    allowed = precisions.split(",") if isinstance(precisions, str) else precisions
-    loaded = load(model)
-    return loaded, SearchSettings(
-        model=DataFile(path=str(Path(model).absolute()), sha256=_digest(Path(model))),
-        target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
-        calibration=_data_file(calibration),
-        validation=_data_file(validation),
-        test=None if test is None else _data_file(test),
-        metric=metric,
-        precisions=tuple(str(Precision.of(entry)) for entry in allowed or ()),
-        keep={name: str(Precision.of(entry)) for name, entry in (keep or {}).items()},
-        input_shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
-        quantization=quantization,
-        **rest,
-    )
+
+
+def _refuse_other_options(asked: Mapping[str, Any], folder: Path) -> None:
+    """Refuse options that a study has settled."""
+    free = {"resume", "generations", "evaluations", "time_budget", "patience"}
+    free |= {"workers", "scheduler", "progress"}
+    for name, parameter in signature(search_precisions).parameters.items():
+        value = asked[name]
+        if name not in free and value != parameter.default and (value or parameter.default):
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"a study is gone on with as it was, and there is {option}",
+                where=str(folder),
+                fix="leave it out; limits of the search and workers can change",
+            )
 
 
 def _data_file(data: str | Path) -> DataFile:
     path = Path(data)
-    return DataFile(path=str(path.absolute()), sha256=_digest(path))
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():  # a device may have no end
-        what = "is not a regular file" if path.exists() else "there is no such file"
-        raise DataError(what, where=str(path))
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    return DataFile(path=str(path.absolute()), sha256=digest(path))
 
 
 # -- search ------------------------------------------------------------------------------------
@@ -678,6 +512,7 @@ def search_precisions(
         if progress is not None:
             progress(SearchProgress("calibrating", done, total))
 
+    asked = locals()
     stops = Stops(generations, evaluations, time_budget, patience)
     _check_numbers(
         {"generations": generations, "evaluations": evaluations, "patience": patience,
@@ -686,19 +521,21 @@ def search_precisions(
     )  # fmt: skip
     if time_budget is not None and not time_budget > 0:
         raise UsageError(f"a time budget of {time_budget} s is not possible")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"{seed} is no seed", where="--seed", fix="use 0 to 4294967295")
+    for name, number in (("vector-values", vector_values), ("reuse-mib", reuse_mib)):
+        if number < 0:
+            raise UsageError(f"{number} is less than nothing", where=f"--{name}")
     if resume is not None:
-        if model is not None or target is not None or output is not None or dry_run:
-            raise UsageError(
-                "a study is gone on with as it was",
-                where=str(resume),
-                fix="leave out model, target, output and dry run; limits and workers can change",
-            )
+        _refuse_other_options(asked, Path(resume))
         with Study(resume, write=True) as study:
             settings, facts = settings_of(study)
             _refuse_changes(settings)
             prepared = _prepare(settings, load(settings.model.path), preparing)
-            _refuse_other_study(prepared, facts, study.folder)
-            return _run(study, settings, prepared, stops, workers, scheduler, progress)
+            _refuse_other_study(prepared, facts, study)
+            with _resumable(study.folder):
+                return _run(study, settings, prepared, stops, workers, scheduler, progress)
+    _check_given(model, target, calibration, validation)
     folder = None if output is None else Path(output)
     if folder is None and not dry_run:
         raise UsageError(
@@ -748,8 +585,13 @@ def search_precisions(
         "facts": prepared.facts.model_dump(),
         "layer_costs": _layer_costs(prepared),
     }
-    with Study.create(folder, meta) as study:
-        return _run(study, settings, prepared, stops, workers, scheduler, progress)
+    with _resumable(folder):
+        try:
+            with Study.create(folder, meta) as study:
+                return _run(study, settings, prepared, stops, workers, scheduler, progress)
+        except UsageError:  # before the search began; the next try may have the folder
+            discard_empty(folder)
+            raise
 
 
 def _check_numbers(numbers: Mapping[str, int | None]) -> None:
@@ -787,6 +629,7 @@ def _rehearse(settings: SearchSettings, prepared: _Prepared, stops: Stops, worke
         space=prepared.space,
         algorithm=settings.algorithm,
         evaluations=count,
+        new_evaluations=0,
         seconds_per_evaluation=seconds[-1],
         seconds=count * seconds[-1] / workers,
         float_error=prepared.problem.float_error,
@@ -806,38 +649,23 @@ def _refuse_changes(settings: SearchSettings) -> None:
         ("test data", settings.test),
     ):
         if file is not None:
-            _refuse_change(what, file)
+            refuse_change(what, file)
 
 
-def _refuse_change(what: str, file: DataFile) -> None:
-    path = Path(file.path)
-    if not path.is_file():
-        raise StudyError(
-            f"the {what} of the study is not there any more",
-            where=file.path,
-            fix="put it back where it was",
-        )
-    if _digest(path) != file.sha256:
-        raise StudyError(
-            f"the {what} of the study has changed since the search began",
-            where=file.path,
-            fix="bring it back as it was, or search again into another folder",
-        )
-
-
-def _refuse_other_study(prepared: _Prepared, facts: StudyFacts, folder: Path) -> None:
+def _refuse_other_study(prepared: _Prepared, facts: StudyFacts, study: Study) -> None:
     now = prepared.facts
-    if (now.layers, now.space, now.target) != (facts.layers, facts.space, facts.target):
+    same = (now.layers, now.space, now.target) == (facts.layers, facts.space, facts.target)
+    if not same or _layer_costs(prepared) != study.meta("layer_costs"):
         raise StudyError(
-            "was begun for other layers, another space or another target",
-            where=str(folder),
+            "was begun for other layers, another space, or a target with other costs",
+            where=str(study.folder),
             fix="search again into another folder",
         )
     if not math.isclose(now.float_error, facts.float_error, rel_tol=1e-6, abs_tol=1e-9):
         raise StudyError(
             f"was begun with a float model of error {facts.float_error:.6g}; it is "
             f"{now.float_error:.6g} now",
-            where=str(folder),
+            where=str(study.folder),
             fix="use the onnxruntime it was begun with "
             f"({facts.versions.get('onnxruntime')}), or search again into another folder",
         )
@@ -853,38 +681,42 @@ def _run(
     progress: Callable[[SearchProgress], None] | None,
 ) -> Search:
     space, costs = prepared.space, prepared.costs
+    if settings.algorithm == "exhaustive":
+        stops = replace(stops, generations=None)  # all means all
+    study.set_meta("ended", None)
+    before = len(study.evaluations())
     count = _most_evaluations(settings, stops, space)
     began = time.monotonic()
     with open_pool(prepared.job, workers=workers, scheduler=scheduler) as pool:
         engine = Engine(study, space, costs, prepared.problem, pool, stops, count, progress)
-        with _resumable(study.folder):
-            narrow, wide = narrowest_and_widest(space)
-            ends = engine.baselines([narrow, wide])
-            errors = [entry.result.error for entry in ends]
-            _refuse_hopeless(prepared, ends[1], study.folder)
-            reference = references(
-                prepared.problem,
-                space,
-                costs,
-                narrowest_error=errors[0],
-                widest_error=errors[1],
-            )
-            if study.meta("reference") is None:
-                study.set_meta("reference", reference)
-            engine.problem = problem = replace(prepared.problem, reference=reference)
-            ended = engine.run(_algorithm(settings, prepared, problem))
-            study.set_meta("ended", ended)
-            study.set_meta("stops", asdict(stops))
-            _test(study, settings, prepared, problem, workers, scheduler, progress)
+        narrow, wide = narrowest_and_widest(space)
+        ends = engine.baselines([narrow, wide])
+        errors = [entry.result.error for entry in ends]
+        _refuse_hopeless(prepared, ends[1], study.folder)
+        reference = references(
+            prepared.problem,
+            space,
+            costs,
+            narrowest_error=errors[0],
+            widest_error=errors[1],
+        )
+        if study.meta("reference") is None:
+            study.set_meta("reference", reference)
+        engine.problem = problem = replace(prepared.problem, reference=reference)
+        ended = engine.run(_algorithm(settings, prepared, problem))
+        study.set_meta("ended", ended)
+        study.set_meta("stops", asdict(stops))
+        _test(study, settings, prepared, problem, workers, scheduler, progress)
     found = front(study.folder)
-    evaluated = [e for e in study.evaluations() if e.origin != "baseline"]
+    evaluated = study.evaluations()
     seconds = [e.result.seconds for e in evaluated if e.result.status == "ok"]
     if not found.points:
-        raise _nobody(found)
+        raise nobody(found)
     return Search(
         space=space,
         algorithm=settings.algorithm,
         evaluations=len(evaluated),
+        new_evaluations=len(evaluated) - before,
         seconds_per_evaluation=sum(seconds) / max(len(seconds), 1),
         seconds=time.monotonic() - began,
         float_error=prepared.problem.float_error,
@@ -927,7 +759,7 @@ def _algorithm(settings: SearchSettings, prepared: _Prepared, problem: Problem) 
             for name, row in prepared.facts.noise.items()
         }
         if noise:
-            # Half of the population at most: the rest stays chance.
+            # Three quarters of the population at most: the rest stays chance.
             room = max(settings.population * 3 // 4 - len(start), 2)
             start += guided_start(space, prepared.costs, problem, noise, room)
     return Nsga2(
@@ -951,43 +783,11 @@ def _refuse_hopeless(prepared: _Prepared, wide: Evaluation, folder: Path) -> Non
         texts = [c.text for c in prepared.problem.constraints if c.name == scale.name]
         raise UsageError(
             f"even the plan with most bits does not meet {' and '.join(texts)}: its {scale.name} "
-            f"is {_shown(scale, error)}, the float model's "
-            f"{_shown(scale, prepared.problem.float_error)}",
+            f"is {shown_error(scale, error)}, the float model's "
+            f"{shown_error(scale, prepared.problem.float_error)}",
             where=str(folder),
             fix="allow more error, or more bits",
         )
-
-
-def _shown(scale: ErrorScale, error: float) -> str:
-    return f"{scale.shown(error):.4g} {scale.shown_unit}".rstrip()
-
-
-def _nobody(found: Front) -> StudyError:
-    """The error that tells how close plans get that do not meet all constraints."""
-    problem = found.problem
-    with Study(found.folder) as study:
-        evaluations = study.evaluations()
-    tried = [e for e in evaluations if e.result.status != "failed"]
-    if not tried:
-        reasons = {e.result.message for e in evaluations if e.result.message}
-        return StudyError(
-            f"all {len(evaluations)} evaluations failed",
-            where=str(found.folder),
-            fix=f"one says: {min(reasons)}" if reasons else None,
-        )
-    near = min(tried, key=lambda e: (sum(problem.violations(e.result, e.gains)), e.number))
-    error = "not run" if near.result.error is None else _shown(problem.scale, near.result.error)
-    limits = [
-        f"{c.name} {near.gains.get(c.name, math.nan):,.6g}"
-        for c in problem.constraints
-        if c.name != problem.scale.name
-    ]
-    return StudyError(
-        f"no plan meets {' and '.join(found.settings.constraints) or 'the constraints'}",
-        where=str(found.folder),
-        fix=f"the closest of {len(tried)} is #{near.number}: "
-        + ", ".join([f"{problem.scale.name} {error}", *limits]),
-    )
 
 
 def _test(
@@ -1041,142 +841,6 @@ def _layer_costs(prepared: _Prepared) -> dict[str, dict[str, dict[str, float]]]:
                 quantity: value for quantity, value in values.items() if value is not None
             }
     return found
-
-
-# -- front -------------------------------------------------------------------------------------
-
-
-def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | None = None) -> Front:
-    """Read the front of a study, also while a search is writing it.
-
-    Parameters
-    ----------
-    study
-        Its folder.
-    best
-        Limits like ``error<=+1pp``: picks the plan that is best in ``by`` among those that meet
-        all of them.
-    by
-        The objective that is to be best; by default the first that is not the error.
-
-    Raises
-    ------
-    StudyError
-        If there is no study, or it is damaged or of another version.
-    UsageError
-        If no plan meets the limits.
-    """
-    with Study(study) as opened:
-        settings, facts = settings_of(opened)
-        problem = problem_of(opened)
-        evaluations = opened.evaluations()
-        tests = opened.tests()
-        generations = tuple(opened.generations())
-        float_test = opened.meta("float_test_error")
-    counts: dict[str, int] = {}
-    for entry in evaluations:
-        counts[entry.result.status] = counts.get(entry.result.status, 0) + 1
-    # Before the reference point is known there is nothing to compare.
-    entries = problem.front(evaluations) if problem.reference else []
-    baselines = [
-        entry
-        for entry in evaluations
-        if entry.origin == "baseline"
-        or len({p for n, p in zip(facts.layers, entry.plan, strict=True)}) == 1
-    ]
-
-    def point(entry: Evaluation) -> Point:
-        return point_of(entry, problem, tests)
-
-    found = Front(
-        folder=Path(study),
-        settings=settings,
-        facts=facts,
-        problem=problem,
-        points=tuple(map(point, entries)),
-        baselines=tuple(point(e) for e in baselines if e.result.error is not None),
-        evaluations=counts,
-        hypervolume=problem.hypervolume(evaluations) if problem.reference else 0.0,
-        generations=generations,
-        float_test_error=None if float_test is None else problem.scale.shown(float_test),
-    )
-    if best is None and by is None:
-        return found
-    return replace(found, picked=found.pick(best or (), by))
-
-
-def point_of(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[float, int]]) -> Point:
-    """An evaluation as people read it."""
-    scale, result = problem.scale, entry.result
-    names = [objective.name for objective in problem.objectives]
-    values = problem.values(result.error, entry.gains)
-    tested = tests.get(plan_text(entry.plan))
-    return Point(
-        number=entry.number,
-        plan=entry.plan,
-        status=result.status,
-        values=dict(zip(names, values, strict=True)),
-        gains=entry.gains,
-        overall_error=None if result.overall is None else scale.shown(result.overall),
-        test_error=None if tested is None else scale.shown(tested[0]),
-        origin=entry.origin,
-        message=result.message,
-    )
-
-
-def plan_of_study(reference: str) -> PrecisionPlan:
-    """The plan that ``DIR#number`` names.
-
-    Raises
-    ------
-    StudyError
-        If there is no such study, or it has no such plan.
-    """
-    folder, _, text = reference.rpartition("#")
-    with Study(folder) as study:
-        settings, facts = settings_of(study)
-        evaluations = {entry.number: entry for entry in study.evaluations()}
-    entry = evaluations.get(int(text)) if text.isdecimal() else None
-    if entry is None:
-        raise StudyError(
-            f"has no plan number {text!r}",
-            where=folder,
-            fix=f"it has 1 to {max(evaluations)}; bitwright front {folder} lists the best"
-            if evaluations
-            else "it has none yet",
-        )
-    return PrecisionPlan(
-        layers=dict(zip(facts.layers, entry.plan, strict=True)),
-        structure_hash=facts.structure_hash,
-        weights_hash=facts.weights_hash,
-        target=facts.target,
-        elementwise_bits=settings.quantization.elementwise_bits,
-    )
-
-
-def quantization_of_study(reference: str) -> tuple[str, str, dict[str, Any]]:
-    """Target, calibration file and options of quantization with which a study evaluated plans.
-
-    Raises
-    ------
-    StudyError
-        If there is no such study, or its calibration data are not what they were.
-    """
-    with Study(reference.rpartition("#")[0]) as study:
-        settings, _ = settings_of(study)
-    _refuse_change("calibration data", settings.calibration)
-    options = settings.quantization
-    return (
-        settings.target,
-        settings.calibration.path,
-        {
-            "clip": options.clip,
-            "percentile": options.percentile,
-            "per_channel": options.per_channel,
-            "asymmetric": options.asymmetric,
-            "batch_size": options.batch_size,
-        },
-    )
 
 
 # -- sensitivity -------------------------------------------------------------------------------
@@ -1246,7 +910,7 @@ def sensitivity(
             settings, facts = settings_of(opened)
             _refuse_changes(settings)
             prepared = _prepare(settings, load(settings.model.path), progress)
-            _refuse_other_study(prepared, facts, opened.folder)
+            _refuse_other_study(prepared, facts, opened)
             with _resumable(opened.folder):
                 found = _sensitivity(prepared, opened, workers, scheduler, progress)
     else:

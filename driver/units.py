@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["data", "energy", "number", "percent", "plain", "ratio", "time"]
+__all__ = ["data", "energy", "number", "percent", "plain", "quantity", "ratio", "time"]
 
 
 def plain(value: object) -> str:
@@ -57,3 +57,22 @@ def time(seconds: float | None) -> str:
         if seconds >= factor:
             return f"{seconds / factor:.4g} {unit}"
     return f"{seconds / 1e-9:.4g} ns"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A value of an objective, in the unit that objectives have."""
+    if value is None or value != value:
+        return "-"
+    if unit == "bytes":
+        return data(8 * value)
+    if unit == "uJ":
+        return energy(1e6 * value)
+    if unit == "ms":
+        return time(1e-3 * value)
+    if unit == "x":
+        return f"{value:.4g}x"
+    if unit == "%":
+        return f"{value:.2f} %"
+    if unit == "cycles":
+        return number(value)
+    return f"{value:.4g} {unit}".rstrip()

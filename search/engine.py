@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.search.algorithm import Algorithm
-from bitwright.search.evaluator import Result
 from bitwright.search.objectives import Costs
 from bitwright.search.problem import Problem
+from bitwright.search.results import Result
 from bitwright.search.space import Genome, Plan, Space, widest
 from bitwright.search.study import Evaluation, Generation, Study
 from bitwright.search.workers import Pool
@@ -177,11 +177,13 @@ class Engine:
             else:
                 waiting[number] = plan
         if waiting and not (self._late() and origin != "baseline"):
-            for number, result in self.pool.evaluate(waiting, limit):
+
+            def stop() -> bool:
+                return self._late() and origin != "baseline"
+
+            for number, result in self.pool.evaluate(waiting, limit, stop):
                 plan = waiting[number]
                 found[plan] = self._add(number, plan, origin, result, gains[number])
-                if self._late() and origin != "baseline":
-                    break
         return found
 
     def _gains(self, plan: Plan) -> dict[str, float]:

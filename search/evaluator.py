@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -28,6 +28,7 @@ from bitwright.quant.metrics import Metric, get_metric, metric_factory
 from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
 from bitwright.search.objectives import ErrorScale
+from bitwright.search.results import QuantizationOptions, Result, Status
 from bitwright.search.space import Plan
 from bitwright.vocabulary import Precision, PrecisionPlan
 
@@ -35,47 +36,12 @@ __all__ = [
     "EvaluationJob",
     "Evaluator",
     "PostTraining",
-    "QuantizationOptions",
-    "Result",
-    "Status",
     "job_for",
     "job_on",
 ]
 
-Status: TypeAlias = Literal["ok", "stopped", "failed", "skipped"]
-
 _BATCH_BYTES = 3 << 20  # of the largest activation of a batch: what caches hold
 _LARGEST_BATCH = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What an evaluation found.
-
-    Attributes
-    ----------
-    status
-        ``ok``; ``stopped`` where the limit was exceeded before all samples were run; ``failed``
-        where the metric or the model gave no number; ``skipped`` where a limit of the hardware is
-        exceeded, and the plan was not run.
-    error
-        Largest error over the subsets that were run, less is better; None where there is none.
-    overall
-        Error over all samples that were run.
-    samples
-        How many were run.
-    seconds
-        How long it took.
-    message
-        Why it failed.
-    """
-
-    status: Status
-    error: float | None
-    overall: float | None = None
-    samples: int = 0
-    seconds: float = 0.0
-    message: str = ""
 
 
 class Evaluator(Protocol):
@@ -83,18 +49,6 @@ class Evaluator(Protocol):
 
     def evaluate(self, plan: Plan, *, limit: float | None = None) -> Result:
         """Estimate the error of a plan; stop where it exceeds the limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationOptions:
-    """Options of ``bitwright quantize`` that a search fixes for all plans."""
-
-    clip: Literal["mmse", "percentile", "minmax"] = "mmse"
-    percentile: float = 99.99
-    per_channel: bool = True
-    asymmetric: bool = False
-    elementwise_bits: int = 16
-    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Gain:
 GAINS: Final = {
     gain.name: gain
     for gain in (
-        Gain("memory", "bytes", False, "weights at their bits, other constants at 16"),
+        Gain("memory", "bytes", False, "weights at their bits"),
         Gain("compression", "x", True, "weights at 32 bits over memory"),
         Gain("speedup", "x", True, "cycles at the widest precision over cycles, end to end"),
         Gain("mean_speedup", "x", True, "MOHAQ's: each operation's speedup, the mean of all"),
@@ -224,14 +224,15 @@ def _objective(name: str, error: ErrorScale, where: str) -> Objective:
     if name in GAINS:
         gain = GAINS[name]
         return Objective(gain.name, gain.unit, gain.maximize)
-    raise UsageError(
-        f"there is no objective {name!r}",
-        where=where,
-        fix=f"choose from error, {', '.join(GAINS)}",
-    )
+    fix = f"choose from error, {', '.join(GAINS)}"
+    if name == error.metric:
+        fix = (
+            f"the error that {name} gives is called error, of which less is better: error<=5%, say"
+        )
+    raise UsageError(f"there is no objective {name!r}", where=where, fix=fix)
 
 
-def parse_constraint(text: str, error: ErrorScale) -> Constraint:
+def parse_constraint(text: str, error: ErrorScale, *, where: str = "--constraint") -> Constraint:
     """Read a constraint: ``memory<=2MiB``, ``error<=5%``, ``error<=+2pp``, ``speedup>=2``.
 
     Raises
@@ -243,17 +244,17 @@ def parse_constraint(text: str, error: ErrorScale) -> Constraint:
     if match is None:
         raise UsageError(
             f"{text!r} is no constraint",
-            where="--constraint",
+            where=where,
             fix="write it like memory<=2MiB, error<=5%, error<=+2pp (more than the float model)",
         )
     name, sense, sign, number, unit = match.groups()
-    objective = _objective(name, error, "--constraint")
+    objective = _objective(name, error, where)
     wanted = ">=" if objective.maximize else "<="
     if sense[0] != wanted[0]:
         better = "more" if objective.maximize else "less"
         raise UsageError(
             f"{text!r}: of {objective.name}, {better} is better",
-            where="--constraint",
+            where=where,
             fix=f"write {objective.name}{wanted}{sign}{number}{unit}",
         )
     is_error = objective.name == error.name
@@ -261,22 +262,22 @@ def parse_constraint(text: str, error: ErrorScale) -> Constraint:
     if not is_error and sign:
         raise UsageError(
             f"{text!r}: only the error can be limited relative to the float model",
-            where="--constraint",
+            where=where,
             fix=f"write {objective.name}{wanted}{number}{unit}",
         )
     if relative and objective.maximize:
         raise UsageError(
             f"{text!r}: only an error can be limited relative to the float model, and "
             f"{objective.name} is none",
-            where="--constraint",
+            where=where,
             fix=f"write the value itself, {objective.name}{wanted}{number}{unit}",
         )
-    factor = _unit(unit, objective, text, relative=relative)
+    factor = _unit(unit, objective, text, relative=relative, where=where)
     limit = float(number) * factor * (-1.0 if sign == "-" else 1.0)
     if not math.isfinite(limit) or (limit < 0 and objective.unit == "%"):
         raise UsageError(
             f"{text!r}: there is no such limit",
-            where="--constraint",
+            where=where,
             fix="an error is at least 0%" if math.isfinite(limit) else "give a number that exists",
         )
     return Constraint(
@@ -284,26 +285,24 @@ def parse_constraint(text: str, error: ErrorScale) -> Constraint:
     )
 
 
-def _unit(unit: str, objective: Objective, text: str, *, relative: bool) -> float:
+def _unit(unit: str, objective: Objective, text: str, *, relative: bool, where: str) -> float:
     if objective.unit == "%":
         known = {"%": 1.0} | ({"pp": 1.0} if relative else {})
         if unit not in known:
             other = " (a limit relative to the float model is written +2pp)" if unit == "pp" else ""
             raise UsageError(
                 f"{text!r} has {'no unit' if not unit else f'the unit {unit!r}'}{other}",
-                where="--constraint",
+                where=where,
                 fix="write error<=5%, or error<=+2pp for two points more than the float model",
             )
         return 1.0
     units = _UNITS.get(objective.unit, {objective.unit.lower(): 1.0})
     if objective.unit == "bytes" and not unit:
-        raise UsageError(
-            f"{text!r} has no unit", where="--constraint", fix="write it like memory<=2MiB"
-        )
+        raise UsageError(f"{text!r} has no unit", where=where, fix="write it like memory<=2MiB")
     if unit and unit.lower() not in units:
         raise UsageError(
             f"{text!r}: {unit!r} is no unit of {objective.name}",
-            where="--constraint",
+            where=where,
             fix=f"choose one of {', '.join(units)}" if units != {"": 1.0} else "give no unit",
         )
     return units[unit.lower()] if unit else 1.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bitwright.search.evaluator import Result
 from bitwright.search.objectives import Constraint, Costs, ErrorScale, Objective
+from bitwright.search.results import Result
 from bitwright.search.space import Space
 from bitwright.search.study import Evaluation
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitwright.errors import StudyError
-from bitwright.search.evaluator import QuantizationOptions
 from bitwright.search.objectives import Constraint, ErrorScale, Objective
 from bitwright.search.problem import Problem
+from bitwright.search.results import QuantizationOptions
 from bitwright.search.study import Study
 
 __all__ = [

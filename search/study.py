@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bitwright.errors import OutputError, PlanError, StudyError, first_line
-from bitwright.search.evaluator import Result
+from bitwright.search.results import Result
 from bitwright.search.space import Plan
 from bitwright.vocabulary import Precision
 
@@ -422,7 +422,11 @@ def check_new(folder: Path) -> None:
             fix="go on with it (bitwright search --resume), or choose another folder",
         )
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # What a process left behind that was killed while it made a study counts for nothing.
+        if folder.exists() and (
+            not folder.is_dir()
+            or any(not entry.name.startswith(f".{_FILE}.") for entry in folder.iterdir())
+        ):
             raise OutputError(
                 "exists already", where=where, fix="choose a folder that is empty or not there"
             )
@@ -435,6 +439,17 @@ def check_new(folder: Path) -> None:
         )
     if not os.access(parent, os.W_OK):
         raise OutputError("is read-only", where=str(parent), fix="choose another folder")
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove a new study in which no search has begun."""
+    with Study(folder) as study:
+        begun = any(entry.origin != "baseline" for entry in study.evaluations())
+    if not begun:
+        for name in (_FILE, f"{_FILE}-wal", f"{_FILE}-shm", _LOCK):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # the user may have made it, or put something there
+            folder.rmdir()
 
 
 def _acquire(folder: Path) -> int:

@@ -7,17 +7,21 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from bitwright.errors import UsageError, first_line
-from bitwright.search.evaluator import EvaluationJob, Evaluator, PostTraining, Result
+from bitwright.errors import RunError, UsageError, first_line
+from bitwright.search.evaluator import EvaluationJob, Evaluator, PostTraining
+from bitwright.search.results import Result
 from bitwright.search.space import Plan
 
 __all__ = ["Pool", "open_pool"]
 
 _CONNECT_SECONDS = 5
+_ALONE_SECONDS = 60  # a cluster may start a worker again
 
 
 class Pool(Protocol):
@@ -28,9 +32,22 @@ class Pool(Protocol):
         """How many run at the same time."""
 
     def evaluate(
-        self, plans: Mapping[int, Plan], limit: float | None = None
+        self,
+        plans: Mapping[int, Plan],
+        limit: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Result]]:
-        """Yield number and result of each plan as soon as it is there; ``limit`` as in the job."""
+        """Yield number and result of each plan as soon as it is there.
+
+        Parameters
+        ----------
+        plans
+            Number to plan.
+        limit
+            The largest acceptable error; by default that of the job.
+        stop
+            Asked between results: whether to leave the others.
+        """
 
 
 class _Serial:
@@ -42,9 +59,14 @@ class _Serial:
         self._evaluator = evaluator
 
     def evaluate(
-        self, plans: Mapping[int, Plan], limit: float | None = None
+        self,
+        plans: Mapping[int, Plan],
+        limit: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Result]]:
         for number in _alike_first(plans):
+            if stop():
+                return
             yield number, self._evaluator.evaluate(plans[number], limit=limit)
 
 
@@ -104,24 +126,51 @@ class _Dask:
         return max(len(self._client.scheduler_info(n_workers=-1)["workers"]), 1)
 
     def evaluate(
-        self, plans: Mapping[int, Plan], limit: float | None = None
+        self,
+        plans: Mapping[int, Plan],
+        limit: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Result]]:
-        from distributed import as_completed
+        from distributed import wait
 
-        futures: dict[Any, int] = {
-            self._client.submit(_evaluate, self._name, plans[number], limit, pure=False): number
-            for number in _alike_first(plans)
-        }
+        numbers: dict[Any, int] = {}
+        alone = time.monotonic()
         try:
-            for future in as_completed(futures, raise_errors=False):
-                error = future.exception()
-                if error is None:
-                    yield futures[future], future.result()
-                else:  # Dask has tried it on several workers
-                    yield futures[future], Result("failed", None, message=first_line(error))
-                future.release()
+            for number in _alike_first(plans):
+                future = self._client.submit(
+                    _evaluate, self._name, plans[number], limit, pure=False
+                )
+                numbers[future] = number
+            while numbers and not stop():
+                try:
+                    done = wait(list(numbers), timeout=1, return_when="FIRST_COMPLETED").done
+                except TimeoutError:
+                    done = set()
+                if self._client.status != "running":
+                    raise self._lost("the Dask scheduler is gone")
+                if self._client.scheduler_info(n_workers=-1)["workers"]:
+                    alone = time.monotonic()
+                elif time.monotonic() - alone > _ALONE_SECONDS:
+                    raise self._lost(f"there is no Dask worker any more since {_ALONE_SECONDS} s")
+                for future in sorted(done, key=numbers.__getitem__):
+                    number = numbers.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        yield number, future.result()
+                    else:  # Dask has tried it on several workers
+                        yield number, Result("failed", None, message=first_line(error))
+        except (OSError, CancelledError) as error:
+            raise self._lost(f"the Dask scheduler is gone ({first_line(error)})") from error
         finally:
-            self._client.cancel(list(futures))
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                self._client.cancel(list(numbers))
+
+    def _lost(self, what: str) -> RunError:
+        return RunError(
+            what,
+            where="--scheduler",
+            fix="everything finished is in the study; go on with bitwright search --resume",
+        )
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # the cluster may be gone
@@ -156,6 +205,10 @@ def open_pool(
     from distributed import Client, LocalCluster
 
     with contextlib.ExitStack() as stack:
+        # What Dask says about workers that come and go would stand between lines of ours.
+        logger = logging.getLogger("distributed")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL + 1)
         address: Any = scheduler
         if scheduler is None:
             address = stack.enter_context(

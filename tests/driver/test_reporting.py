@@ -17,12 +17,13 @@ from playwright.sync_api import Browser, Locator, Page
 from bitwright import PrecisionPlan, searching
 from bitwright.cli import main
 from bitwright.errors import OutputError, StudyError, UsageError
+from bitwright.fronts import front, plan_of_study
 from bitwright.plots import sensitivity_page
 from bitwright.reporting import Report, report
-from bitwright.search.evaluator import Result
 from bitwright.search.objectives import ErrorScale
+from bitwright.search.results import Result
 from bitwright.search.study import Evaluation, Study
-from bitwright.searching import Sensitivity, front, plan_of_study, search_precisions
+from bitwright.searching import Sensitivity, search_precisions
 from bitwright.vocabulary import Precision
 from tests.browser import open_browser, open_page
 

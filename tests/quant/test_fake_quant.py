@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -89,7 +90,7 @@ def built(
         model,
         dict.fromkeys(names, ALL),
         Samples(calibration, model.inputs),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     plan = PrecisionPlan(dict.fromkeys(names, ALL[0]))
     return fake_quant_model(found, plan, blocked=blocked, segments=segments)
@@ -106,13 +107,13 @@ def fake(model: FakeQuant, plan: Plan, x: Array, name: str, key: object = None) 
 
 
 def qdq(
-    path: Path, plan: Plan, calibration: Mapping[str, Array], **options: str
+    path: Path, plan: Plan, calibration: Mapping[str, Array], **options: Any
 ) -> onnx.ModelProto:
     return bitwright.quantize(
         path,
         plan=PrecisionPlan(plan),
         calibration=calibration,
-        **options,  # type: ignore[arg-type]
+        **options,
     ).model
 
 
@@ -164,7 +165,7 @@ def test_many_random_graphs_equal_their_qdq_models(seed: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("options", [{"clip": "minmax"}, {"clip": "percentile"}])
-def test_options_of_quantization_are_the_same(options: dict[str, str], tmp_path: Path) -> None:
+def test_options_of_quantization_are_the_same(options: dict[str, Any], tmp_path: Path) -> None:
     builder = residual_network(np.random.default_rng(4))
     path = save(builder, tmp_path / "net.onnx", "fc_out")
     given = {"x": sample(1, 12, 3, 16, 16)}

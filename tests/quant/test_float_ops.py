@@ -20,7 +20,8 @@ def padded_pool(fill: float | None = None) -> Builder:
 
 def pooled_by_hand(x: Array, fill: float) -> Array:
     padded = np.pad(x, ((0, 0), (0, 0), (1, 0), (0, 1)), constant_values=fill)
-    return padded.reshape(len(x), 2, 3, 2, 3, 2).max(axis=(3, 5))
+    pooled: Array = padded.reshape(len(x), 2, 3, 2, 3, 2).max(axis=(3, 5))
+    return pooled
 
 
 @pytest.mark.parametrize("optimize", [False, True])

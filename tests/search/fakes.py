@@ -11,9 +11,9 @@ from typing import Any
 from bitwright import Layer, Precision, targets
 from bitwright.search.algorithm import Algorithm, Nsga2
 from bitwright.search.engine import Engine, Stops, narrowest_and_widest
-from bitwright.search.evaluator import Result
 from bitwright.search.objectives import Costs, ErrorScale, parse_constraint, parse_objectives
 from bitwright.search.problem import Problem, references
+from bitwright.search.results import Result
 from bitwright.search.space import Genome, Plan, Space, make_space
 from bitwright.search.study import Evaluation, Study
 from bitwright.targets.cost_table import cost_table

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright import Precision
-from bitwright.search.evaluator import Result
 from bitwright.search.objectives import ErrorScale, parse_constraint, parse_objectives
 from bitwright.search.problem import Problem, references
+from bitwright.search.results import Result
 from bitwright.search.study import Evaluation
 from tests.search.fakes import BIT_FUSION, EYERISS, SILAGO, evaluation, setup
 

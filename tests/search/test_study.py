@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from bitwright import Precision
 from bitwright.errors import OutputError, StudyError
-from bitwright.search.evaluator import Result
+from bitwright.search.results import Result
 from bitwright.search.study import (
     SCHEMA_VERSION,
     Evaluation,
