@@ -703,7 +703,9 @@ def search(
     ] = "auto",
     population: Annotated[int, typer.Option(help="Plans of a population.")] = 40,
     offspring: Annotated[int, typer.Option(help="New plans of a generation.")] = 10,
-    generations: Annotated[int, typer.Option(help="Generations, the first one counted.")] = 60,
+    generations: Annotated[
+        int | None, typer.Option(help="Generations, the first one counted \\[default: 60].")
+    ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Stop after so many different plans.")
     ] = None,

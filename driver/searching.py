@@ -70,6 +70,7 @@ __all__ = ["Search", "Sensitivity", "search_precisions", "sensitivity"]
 Algorithms: TypeAlias = Literal["auto", "nsga2", "exhaustive", "random"]
 
 _VERSIONS: Final = ("bitwright", "numpy", "onnx", "onnxruntime", "pymoo")
+_GENERATIONS: Final = 60
 _REUSE_BYTES: Final = 256 << 20
 _NOTHING: Final = Result("skipped", None)
 
@@ -414,7 +415,7 @@ def search_precisions(
     algorithm: Algorithms = "auto",
     population: int = 40,
     offspring: int = 10,
-    generations: int = 60,
+    generations: int | None = None,
     evaluations: int | None = None,
     time_budget: float | None = None,
     patience: int | None = None,
@@ -472,9 +473,10 @@ def search_precisions(
         ``nsga2``, ``exhaustive``, ``random``, or ``auto``: everything if the space is no larger
         than the evaluations of the search, NSGA-II otherwise.
     population, offspring, generations
-        MOHAQ's 40, 10 and 60 make 630 evaluations.
+        MOHAQ's 40, 10 and (the first population counted, by default) 60 make 630 evaluations.
     evaluations, time_budget, patience
-        Further limits: different plans, seconds, generations without progress.
+        Further limits: different plans, seconds, generations without progress. With ``resume``,
+        limits that are not given are those of the study.
     seed
         Of all randomness: the same seed gives the same front, with any number of workers.
     subsets
@@ -533,8 +535,11 @@ def search_precisions(
             _refuse_changes(settings)
             prepared = _prepare(settings, load(settings.model.path), preparing)
             _refuse_other_study(prepared, facts, study)
+            stops = _stops_of(study, stops)
             with _resumable(study.folder):
                 return _run(study, settings, prepared, stops, workers, scheduler, progress)
+    if generations is None:
+        stops = replace(stops, generations=_GENERATIONS)
     _check_given(model, target, calibration, validation)
     folder = None if output is None else Path(output)
     if folder is None and not dry_run:
@@ -584,6 +589,7 @@ def search_precisions(
         "settings": settings.model_dump(mode="json"),
         "facts": prepared.facts.model_dump(),
         "layer_costs": _layer_costs(prepared),
+        "stops": asdict(stops),
     }
     with _resumable(folder):
         try:
@@ -592,6 +598,15 @@ def search_precisions(
         except UsageError:  # before the search began; the next try may have the folder
             discard_empty(folder)
             raise
+
+
+def _stops_of(study: Study, given: Stops) -> Stops:
+    """When a study that goes on ends: as it was begun, where nothing else is given."""
+    known: dict[str, Any] = study.meta("stops") or {}
+    changed = {name: value for name, value in asdict(given).items() if value is not None}
+    stops = Stops(**{**known, **changed})
+    study.set_meta("stops", asdict(stops))
+    return stops
 
 
 def _check_numbers(numbers: Mapping[str, int | None]) -> None:
@@ -705,7 +720,6 @@ def _run(
         engine.problem = problem = replace(prepared.problem, reference=reference)
         ended = engine.run(_algorithm(settings, prepared, problem))
         study.set_meta("ended", ended)
-        study.set_meta("stops", asdict(stops))
         _test(study, settings, prepared, problem, workers, scheduler, progress)
     found = front(study.folder)
     evaluated = study.evaluations()

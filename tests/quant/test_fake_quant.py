@@ -82,7 +82,7 @@ def built(
     *,
     blocked: bool,
     segments: int = 8,
-    **options: str,
+    **options: Any,
 ) -> FakeQuantModel:
     model = load(path)
     names = list(layer_nodes(model))

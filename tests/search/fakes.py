@@ -81,10 +81,15 @@ class FakePool:
     ran: list[Plan] = field(default_factory=list)
 
     def evaluate(
-        self, plans: Mapping[int, Plan], limit: float | None = None
+        self,
+        plans: Mapping[int, Plan],
+        limit: float | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[int, Result]]:
         limit = self.limit if limit is None else limit
         for number in self.order(list(plans)):
+            if stop():
+                return
             plan = plans[number]
             self.spoil(len(self.ran))
             self.ran.append(plan)
