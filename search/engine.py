@@ -114,7 +114,7 @@ class Engine:
         while True:
             genomes = algorithm.ask()
             if not genomes:
-                return "every plan was looked at"
+                return "there are no new plans"
             plans = [self.space.plan(genome) for genome in genomes]
             found = self._evaluate(plans, "start" if generation == 0 else "search")
             if len(found) < len(set(plans)):

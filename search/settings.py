@@ -125,7 +125,7 @@ def settings_of(study: Study) -> tuple[SearchSettings, StudyFacts]:
         facts = StudyFacts.model_validate(study.meta("facts"))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"])) or "settings"
         raise StudyError(
             f"is damaged ({place}: {first['msg']})",
             where=str(study.folder),

@@ -282,7 +282,7 @@ class Study:
     # -- evaluations ---------------------------------------------------------------------------
 
     def add(self, evaluation: Evaluation) -> None:
-        """Write an evaluation; it is on disk when this returns."""
+        """Write an evaluation; no kill of the process can lose it when this returns."""
         result = evaluation.result
         row = (
             evaluation.number,

@@ -151,7 +151,7 @@ def test_the_command_repeats_the_search(
     assert asked["objectives"] == "error,speedup,memory"
     assert asked["input_shapes"] == {"x y": [1, None, 3]}
     assert {name: asked[name] for name in settings["quantization"]} == settings["quantization"]
-    assert asked["generations"] == 3
+    assert asked["generations"] is None  # as nothing says when it would have ended
 
 
 def test_the_command_has_the_generations_of_a_search_that_ended(

@@ -103,7 +103,7 @@ def draw_plans(names: Sequence[str], seed: int, count: int) -> list[Plan]:
 
 def fake(model: FakeQuant, plan: Plan, x: Array, name: str, key: object = None) -> dict[str, Array]:
     model.use(plan)
-    return model.run({name: ort.OrtValue.ortvalue_from_numpy(x)}, key)  # type: ignore[arg-type]
+    return model.run({name: ort.OrtValue.ortvalue_from_numpy(x)}, key)
 
 
 def qdq(

@@ -167,7 +167,7 @@ def test_a_search_that_asks_for_a_baseline_does_not_run_it_again(tmp_path: Path)
     pool = FakePool()
     script = Scripted(made, [made.ends, uniform(8)])
     ended = made.search(tmp_path / "study", pool, Stops(), script)
-    assert ended == "every plan was looked at"
+    assert ended == "there are no new plans"
     assert pool.ran == [*made.ends, *uniform(8)]
     # It counts, though, once it is asked for.
     assert [g[1] for g in found_in(tmp_path / "study", made)["generations"]] == [2, 3]
@@ -398,7 +398,7 @@ def test_evaluations_are_different_plans_those_before_counted(tmp_path: Path) ->
         assert ended == "all evaluations are done"
         assert [plan for plan in pool.ran if plan not in made.ends] == new
     ended = made.search(tmp_path / "study", pool, Stops(evaluations=7), Scripted(made, script))
-    assert ended == "every plan was looked at"
+    assert ended == "there are no new plans"
 
 
 def test_patience_ends_a_search_without_progress(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_a_small_space_ends_when_every_plan_was_looked_at(tmp_path: Path) -> Non
     made = setup(SILAGO, precisions=["w4a4", "w8a8"])
     pool = FakePool()
     ended = made.search(tmp_path / "study", pool, Stops(), Exhaustive(made.space, population=5))
-    assert ended == "every plan was looked at"
+    assert ended == "there are no new plans"
     assert len(pool.ran) == 2**4
     found = found_in(tmp_path / "study", made)
     points = {
