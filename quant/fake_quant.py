@@ -81,12 +81,17 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A part of the graph between two cuts; ``slots`` are those of its layers."""
+    """A part of the graph between two cuts.
+
+    ``slots`` are those of its layers; it is ``sized`` if its outputs are float and their sizes
+    depend on the number of samples alone.
+    """
 
     model: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     slots: tuple[Slot, ...]
+    sized: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,8 +406,18 @@ def _split(
             ir_version=proto.ir_version,
             functions=proto.functions,
         )
-        segments.append(_Segment(model.SerializeToString(), tuple(entering), tuple(leaving), own))
+        sized = all(name in types and _is_sized(types[name]) for name in leaving)
+        segments.append(
+            _Segment(model.SerializeToString(), tuple(entering), tuple(leaving), own, sized)
+        )
     return segments
+
+
+def _is_sized(value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.tensor_type
+    sizes = list(kind.shape.dim)[1:]
+    known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in sizes)
+    return known and kind.elem_type == onnx.TensorProto.FLOAT
 
 
 def parameters_of(slot: Slot) -> list[str]:
@@ -434,17 +449,69 @@ def _blocked(
 
 
 def _ort_value(array: npt.ArrayLike, dtype: npt.DTypeLike) -> ort.OrtValue:
-    return ort.OrtValue.ortvalue_from_numpy(np.array(array, dtype))
+    return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """Memory of ours that onnxruntime writes into."""
+
+    array: npt.NDArray[np.float32]
+    value: ort.OrtValue
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> _Buffer:
+        array = np.empty(shape, np.float32)
+        return cls(array, ort.OrtValue.ortvalue_from_numpy(array))
 
 
 @dataclass(slots=True)
 class _Runner:
-    """The session of one segment."""
+    """The session of one segment.
+
+    ``shapes`` holds, for the shapes of its inputs, those of its outputs, once they are known.
+    """
 
     segment: _Segment
     session: ort.InferenceSession
     binding: Any
-    precisions: list[Precision | None] = field(default_factory=list)
+    shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = field(default_factory=dict)
+    buffers: dict[tuple[Any, ...], list[_Buffer]] = field(default_factory=dict)
+    bound: dict[str, ort.OrtValue] = field(default_factory=dict)
+    fed: dict[str, dict[str, ort.OrtValue]] = field(default_factory=dict)
+
+    def run(self, values: Mapping[str, ort.OrtValue], *, fresh: bool) -> dict[str, ort.OrtValue]:
+        """Compute the outputs; those that are not ``fresh`` last until the next run.
+
+        Where the sizes of outputs are known, they are written into memory of ours: to have
+        onnxruntime make it and hand it over takes longer than many an operator.
+        """
+        names = self.segment.outputs
+        for name in self.segment.inputs:
+            if self.bound.get(name) is not values[name]:
+                self.binding.bind_ortvalue_input(name, values[name])
+                self.bound[name] = values[name]
+        key = tuple(tuple(values[name].shape()) for name in self.segment.inputs)
+        shapes = self.shapes.get(key) if self.segment.sized else None
+        if shapes is None:
+            for name in names:
+                self.binding.bind_output(name)
+                self.bound.pop(name, None)
+            self.session.run_with_iobinding(self.binding)
+            made = self.binding.get_outputs()
+            self.shapes[key] = [tuple(value.shape()) for value in made]
+            return dict(zip(names, made, strict=True))
+        buffers = None if fresh else self.buffers.get(key)
+        if buffers is None:
+            buffers = [_Buffer.of(shape) for shape in shapes]
+            if not fresh:
+                self.buffers[key] = buffers
+        for name, buffer in zip(names, buffers, strict=True):
+            if self.bound.get(name) is not buffer.value:
+                self.binding.bind_ortvalue_output(name, buffer.value)
+                self.bound[name] = buffer.value
+        self.session.run_with_iobinding(self.binding)
+        return {name: buffer.value for name, buffer in zip(names, buffers, strict=True)}
 
 
 class FakeQuant:
@@ -466,9 +533,7 @@ class FakeQuant:
         self._runners = []
         for segment in model.segments:
             session = _session(segment.model)
-            self._runners.append(
-                _Runner(segment, session, session.io_binding(), [None] * len(segment.slots))
-            )
+            self._runners.append(_Runner(segment, session, session.io_binding()))
         # Layers that share a data input share its scale where their bits are equal.
         self._groups: dict[str, tuple[str, ...]] = {}
         for name in model.layers:
@@ -489,14 +554,12 @@ class FakeQuant:
         """Set the precision of every layer."""
         shared = self.parameters(plan)
         for runner in self._runners:
-            for number, slot in enumerate(runner.segment.slots):
-                # Where layers share an input, the precision of another can change the scale.
-                alone = len(self._groups[self.model.data[slot.layer]]) == 1
-                if alone and runner.precisions[number] == plan[slot.layer]:
-                    continue
-                runner.precisions[number] = plan[slot.layer]
-                for name, value in shared[slot.layer].items():
-                    runner.binding.bind_ortvalue_input(name, value)
+            for slot in runner.segment.slots:
+                feed = shared[slot.layer]
+                if runner.fed.get(slot.layer) is not feed:
+                    runner.fed[slot.layer] = feed
+                    for name, value in feed.items():
+                        runner.binding.bind_ortvalue_input(name, value)
         # What a segment gives depends on the layers so far and on those they share scales with.
         widths = {name: (plan[name].weight_bits, plan[name].activation_bits) for name in shared}
         prefix: list[tuple[tuple[int, int], ...]] = []
@@ -539,14 +602,10 @@ class FakeQuant:
                     break
         for number in range(start, last + 1):
             runner = self._runners[number]
-            for name in runner.segment.inputs:
-                runner.binding.bind_ortvalue_input(name, values[name])
-            for name in runner.segment.outputs:
-                runner.binding.bind_output(name)
-            runner.session.run_with_iobinding(runner.binding)
-            made = dict(zip(runner.segment.outputs, runner.binding.get_outputs(), strict=True))
+            kept = key is not None and number < last
+            made = runner.run(values, fresh=kept)
             values.update(made)
-            if key is not None and number < last:
+            if kept:
                 early = {n: values[n] for n in self.model.outputs if n in values}
                 self._keep((key, number, self._prefixes[number]), {**early, **made})
         # Copied: an array of onnxruntime's does not keep the memory alive that it shows.

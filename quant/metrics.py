@@ -124,13 +124,16 @@ class TopK:
                 f"the {self.k} highest scores are asked for, and there are {classes} classes",
                 fix="choose a smaller K for topK",
             )
+        self._total += labels.size
+        self._samples += samples
+        if self.k == 1:  # the same, at once
+            self._right += int(np.count_nonzero(scores.argmax(axis=-1) == labels))
+            return
         # Of equal scores the first class wins, as with argmax: it counts those in front as better.
         right = np.take_along_axis(scores, labels[..., None].astype(np.int64), -1)
         index = np.arange(classes)
         better = (scores > right) | ((scores == right) & (index < labels[..., None]))
         self._right += int((better.sum(axis=-1) < self.k).sum())
-        self._total += labels.size
-        self._samples += samples
 
     def value(self) -> float:
         """Share of labels."""

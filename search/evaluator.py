@@ -40,8 +40,9 @@ __all__ = [
     "job_on",
 ]
 
-_BATCH_BYTES = 3 << 20  # of the largest activation of a batch: what caches hold
-_LARGEST_BATCH = 128
+_BATCH_BYTES = 2 << 20  # of the largest activation of a batch: what caches hold
+_LARGEST_BATCH = 64
+_BLOCK = (32, 256)  # runs and samples, at most, between two looks at the metric
 
 
 class Evaluator(Protocol):
@@ -62,7 +63,9 @@ class EvaluationJob:
     model
         The model whose layers can be given any precision.
     subsets
-        For each subset its batches.
+        For each subset its batches, after each of which the metric is asked.
+    run_samples
+        How many samples of a batch are run at once.
     expected
         For each batch the float model's outputs, where the metric compares with those.
     metric, scale
@@ -76,6 +79,7 @@ class EvaluationJob:
     layers: tuple[str, ...]
     model: FakeQuantModel
     subsets: tuple[tuple[Batch, ...], ...]
+    run_samples: int
     expected: tuple[tuple[dict[str, Array], ...], ...]
     metric: str
     scale: ErrorScale
@@ -99,11 +103,11 @@ class _Measure:
 
     def add(self, outputs: dict[str, Array], batch: Batch, expected: Mapping[str, Array]) -> None:
         for name, array in outputs.items():
-            if array.dtype.kind == "f" and np.isnan(array).any():
+            # One sum tells, nearly always: it is NaN where an element is.
+            if array.dtype.kind == "f" and math.isnan(array.sum()) and np.isnan(array).any():
                 raise _NoNumberError(f"output {name!r} is NaN")
         try:
-            with np.errstate(all="ignore"):
-                self._metric.update(outputs, batch.labels, expected)
+            self._metric.update(outputs, batch.labels, expected)
         except DataError as error:
             raise _NoNumberError(error.what, error) from error
         except Exception as error:  # a metric of others may raise anything
@@ -144,7 +148,9 @@ class PostTraining:
         self.job = job
         self._model = FakeQuant(job.model, reuse_bytes=job.reuse_bytes)
         self._metric = metric_factory(job.metric)
-        self._inputs = [[_ort_values(batch.inputs) for batch in subset] for subset in job.subsets]
+        self._inputs = [
+            [_pieces(batch, job.run_samples) for batch in subset] for subset in job.subsets
+        ]
 
     def evaluate(self, plan: Plan, *, limit: float | None = None) -> Result:
         """Estimate the error of a plan.
@@ -156,8 +162,11 @@ class PostTraining:
         limit
             Stop where the error exceeds this; by default the limit of the job.
         """
+        with np.errstate(all="ignore"):  # infinite outputs are told from the value
+            return self._evaluate(plan, self.job.limit if limit is None else limit)
+
+    def _evaluate(self, plan: Plan, limit: float | None) -> Result:
         start = time.perf_counter()
-        limit = self.job.limit if limit is None else limit
         samples = 0
         worst: float | None = None
         overall = self._measure()
@@ -200,17 +209,35 @@ class PostTraining:
         self._model.forget()
 
     def _run(self, subset: int, batch: int) -> dict[str, Array]:
+        pieces = self._inputs[subset][batch]
         try:
-            return self._model.run(self._inputs[subset][batch], key=(subset, batch))
+            results = [
+                self._model.run(piece, key=(subset, batch, number))
+                for number, piece in enumerate(pieces)
+            ]
+            if len(results) == 1:
+                return results[0]
+            return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
         except Exception as error:  # onnxruntime raises several kinds
             raise _NoNumberError(f"onnxruntime fails ({first_line(error)})") from error
 
 
-def _ort_values(inputs: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
-    return {
-        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-        for name, array in inputs.items()
-    }
+def _pieces(batch: Batch, size: int) -> list[dict[str, ort.OrtValue]]:
+    """The samples of a batch that are run at once; its memory is shared."""
+    if batch.samples <= size:
+        parts = [batch.inputs]
+    else:
+        parts = [
+            {name: array[start : start + size] for name, array in batch.inputs.items()}
+            for start in range(0, batch.samples, size)
+        ]
+    return [
+        {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            for name, array in part.items()
+        }
+        for part in parts
+    ]
 
 
 def job_for(
@@ -282,6 +309,7 @@ def job_for(
             f"output {odd[0]!r} is no array of numbers; nothing else can be measured",
             where=model.source,
         )
+    run_samples = _run_samples(model, validation)
     batches, outputs = _run_float(model, validation, subsets, samples)
     expected = outputs if measure.needs == "outputs" else ()
     elementwise_bits = options.elementwise_bits
@@ -301,7 +329,9 @@ def job_for(
     plan = PrecisionPlan(first, elementwise_bits=elementwise_bits)
     fake = fake_quant_model(found, plan, work=work, blocked=blocked)
     layers = tuple(precisions)
-    job = EvaluationJob(layers, fake, batches, expected, metric, scale, None, reuse_bytes)
+    job = EvaluationJob(
+        layers, fake, batches, run_samples, expected, metric, scale, None, reuse_bytes
+    )
     error = _float_error(job, outputs, validation.where)
     return replace(job, limit=limit(error)), error
 
@@ -341,7 +371,7 @@ def _run_float(
     model: Model, data: Samples, subsets: int, samples: int | None
 ) -> tuple[tuple[tuple[Batch, ...], ...], _Outputs]:
     """The data in batches, and what the float model makes of each."""
-    batches = _divide(data, subsets, samples, _batch_size(model))
+    batches = _divide(data, subsets, samples, _run_samples(model, data))
     session = _float_session(model)
     names = [value.name for value in model.outputs]
     outputs = []
@@ -362,11 +392,12 @@ def _float_error(job: EvaluationJob, outputs: _Outputs, where: str) -> float:
     """Error of the float model, given what it computed: the largest over the subsets."""
     worst = -math.inf
     try:
-        for subset, results in zip(job.subsets, outputs, strict=True):
-            measure = _Measure(get_metric(job.metric), job.scale)
-            for batch, result in zip(subset, results, strict=True):
-                measure.add(result, batch, result)
-            worst = max(worst, measure.error())
+        with np.errstate(all="ignore"):
+            for subset, results in zip(job.subsets, outputs, strict=True):
+                measure = _Measure(get_metric(job.metric), job.scale)
+                for batch, result in zip(subset, results, strict=True):
+                    measure.add(result, batch, result)
+                worst = max(worst, measure.error())
     except _NoNumberError as error:
         if error.cause is not None:
             cause = error.cause
@@ -397,8 +428,10 @@ def _float_session(model: Model) -> ort.InferenceSession:
         ) from error
 
 
-def _batch_size(model: Model) -> int:
+def _run_samples(model: Model, data: Samples) -> int:
     """Samples of a run whose largest activation stays in a processor's cache."""
+    if data.fixed_batch is not None:
+        return data.fixed_batch
     largest = 1
     for node in model.graph:
         for value in node.outputs:
@@ -409,7 +442,7 @@ def _batch_size(model: Model) -> int:
 
 
 def _divide(
-    samples: Samples, subsets: int, count: int | None, batch_size: int
+    samples: Samples, subsets: int, count: int | None, run_samples: int
 ) -> tuple[tuple[Batch, ...], ...]:
     """All samples in memory, dealt out to subsets, in batches."""
     size = samples.fixed_batch or 1
@@ -423,7 +456,9 @@ def _divide(
             f"{len(units)} batches of validation data cannot be divided into {subsets} subsets",
             fix="use fewer (--subsets 1)",
         )
-    together = 1 if samples.fixed_batch is not None else batch_size
+    together = 1
+    if samples.fixed_batch is None:
+        together = max(run_samples, min(_BLOCK[0] * run_samples, _BLOCK[1]))
     return tuple(
         tuple(
             _join(units[first::subsets][start : start + together])
