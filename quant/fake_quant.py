@@ -602,10 +602,10 @@ class FakeQuant:
                     break
         for number in range(start, last + 1):
             runner = self._runners[number]
-            kept = key is not None and number < last
-            made = runner.run(values, fresh=kept)
+            keeps = key is not None and number < last
+            made = runner.run(values, fresh=keeps)
             values.update(made)
-            if kept:
+            if keeps:
                 early = {n: values[n] for n in self.model.outputs if n in values}
                 self._keep((key, number, self._prefixes[number]), {**early, **made})
         # Copied: an array of onnxruntime's does not keep the memory alive that it shows.
