@@ -241,7 +241,7 @@ def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | Non
     with Study(study) as opened:
         settings, facts = settings_of(opened)
         problem = problem_of(opened)
-        evaluations = opened.evaluations()
+        evaluations = _evaluations(opened, facts)
         tests = opened.tests()
         generations = tuple(opened.generations())
         float_test = opened.meta("float_test_error")
@@ -250,11 +250,12 @@ def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | Non
         counts[entry.result.status] = counts.get(entry.result.status, 0) + 1
     # Before the reference point is known there is nothing to compare.
     entries = problem.front(evaluations) if problem.reference else []
+    kept = facts.space["kept"]
     baselines = [
         entry
         for entry in evaluations
         if entry.origin == "baseline"
-        or len({p for n, p in zip(facts.layers, entry.plan, strict=True)}) == 1
+        or len({p for n, p in zip(facts.layers, entry.plan, strict=True) if n not in kept}) == 1
     ]
 
     def point(entry: Evaluation) -> Point:
@@ -266,7 +267,7 @@ def front(study: str | Path, *, best: Sequence[str] | None = None, by: str | Non
         facts=facts,
         problem=problem,
         points=tuple(map(point, entries)),
-        baselines=tuple(point(e) for e in baselines if e.result.error is not None),
+        baselines=tuple(point(e) for e in baselines if e.result.status == "ok"),
         evaluations=counts,
         hypervolume=problem.hypervolume(evaluations) if problem.reference else 0.0,
         generations=generations,
@@ -296,6 +297,19 @@ def point_of(entry: Evaluation, problem: Problem, tests: Mapping[str, tuple[floa
     )
 
 
+def _evaluations(study: Study, facts: StudyFacts) -> list[Evaluation]:
+    found = study.evaluations()
+    for entry in found:
+        if len(entry.plan) != len(facts.layers):
+            raise StudyError(
+                f"is damaged (plan {entry.number} has {len(entry.plan)} precisions for "
+                f"{len(facts.layers)} layers)",
+                where=str(study.folder),
+                fix="restore it from a copy, or search again into another folder",
+            )
+    return found
+
+
 def plan_of_study(reference: str) -> PrecisionPlan:
     """The plan that ``DIR#number`` names.
 
@@ -307,7 +321,7 @@ def plan_of_study(reference: str) -> PrecisionPlan:
     folder, _, text = reference.rpartition("#")
     with Study(folder) as study:
         settings, facts = settings_of(study)
-        evaluations = {entry.number: entry for entry in study.evaluations()}
+        evaluations = {entry.number: entry for entry in _evaluations(study, facts)}
     entry = evaluations.get(int(text)) if text.isdecimal() else None
     if entry is None:
         raise StudyError(

@@ -91,9 +91,14 @@ def print_front(found: Front, *, quiet: bool = False) -> None:
     said = f"float model: {scale.name} {quantity(found.float_error, scale.shown_unit)}"
     if found.float_test_error is not None:
         said += f", on test data {quantity(found.float_test_error, scale.shown_unit)}"
-    out.print(f"{said} ({found.facts.samples:,} validation samples)")
+    parts = found.settings.subsets
+    divided = f", the largest error of {parts} parts counts" if parts > 1 else ""
+    out.print(f"{said} ({found.facts.samples:,} validation samples{divided})")
     counts = ", ".join(f"{count:,} {status}" for status, count in found.evaluations.items())
-    out.print(f"front: {len(found.points)} plans; evaluations: {counts}")
+    size = "1 plan" if len(found.points) == 1 else f"{len(found.points)} plans"
+    out.print(f"front: {size}; evaluations: {counts}")
+    if len(found.facts.layers) <= _LISTED:
+        out.print(f"plans are of the layers {escape(', '.join(found.facts.layers))}")
     if not found.points:
         out.print("no plan meets the constraints yet")
     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -32,13 +33,13 @@ from bitwright.search.algorithm import Algorithm, Exhaustive, Nsga2, RandomSearc
 from bitwright.search.engine import (
     Engine,
     SearchProgress,
-    Stops,
     guided_start,
     narrowest_and_widest,
 )
 from bitwright.search.evaluator import (
     EvaluationJob,
     PostTraining,
+    check_labels,
     job_for,
     job_on,
 )
@@ -48,9 +49,11 @@ from bitwright.search.results import QuantizationOptions, Result
 from bitwright.search.settings import (
     DataFile,
     SearchSettings,
+    Stops,
     StudyFacts,
     make_problem,
     settings_of,
+    stops_of,
 )
 from bitwright.search.space import Plan, Space, make_space
 from bitwright.search.study import (
@@ -63,11 +66,13 @@ from bitwright.search.study import (
 from bitwright.search.workers import open_pool
 from bitwright.targets import Accelerator
 from bitwright.targets.cost_table import cache_file, cost_table
-from bitwright.vocabulary import Layer, Precision
+from bitwright.vocabulary import Precision
 
 __all__ = ["Search", "Sensitivity", "search_precisions", "sensitivity"]
 
 Algorithms: TypeAlias = Literal["auto", "nsga2", "exhaustive", "random"]
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS: Final = ("bitwright", "numpy", "onnx", "onnxruntime", "pymoo")
 _GENERATIONS: Final = 60
@@ -183,9 +188,7 @@ class Sensitivity:
 class _Prepared:
     """A model, its data and a target, ready for evaluations."""
 
-    model: Model
     accelerator: Accelerator
-    layers: tuple[Layer, ...]
     space: Space
     costs: Costs
     problem: Problem
@@ -228,10 +231,10 @@ def _prepare(
     accelerator.check_kinds(layers, dict.fromkeys(names, accelerator.allowed_precisions[0]))
     measure = get_metric(settings.metric)
     scale = ErrorScale(settings.metric, measure.unit, measure.higher_is_better)
-    make_problem(settings, scale, 0.0)  # refuses what cannot be understood before the work starts
+    asked = make_problem(settings, scale, 0.0)  # refuses what it does not understand
     table = cost_table(accelerator, layers, cache=cache_file())
     costs = Costs(accelerator, layers, table, vector_values=settings.vector_values)
-    _check_gains(make_problem(settings, scale, 0.0), space, costs)
+    _check_gains(asked, space, costs)
 
     def limit(float_error: float) -> float | None:
         return make_problem(settings, scale, float_error).error_limit
@@ -239,6 +242,8 @@ def _prepare(
     shaped = loaded.with_input_shapes(settings.input_shapes) if settings.input_shapes else loaded
     calibration = Samples(settings.calibration.path, shaped.inputs)
     validation = Samples(settings.validation.path, shaped.inputs)
+    if settings.test is not None:
+        check_labels(settings.metric, Samples(settings.test.path, shaped.inputs))
     structure, weights = loaded.structure_hash, loaded.weights_hash
     precisions = {name: space.precisions(name) for name in names}
     job, float_error = job_for(
@@ -278,7 +283,7 @@ def _prepare(
         notes=job.model.notes,
     )
     problem = make_problem(settings, scale, float_error)
-    return _Prepared(loaded, accelerator, tuple(layers), space, costs, problem, job, facts)
+    return _Prepared(accelerator, space, costs, problem, job, facts)
 
 
 def _check_gains(problem: Problem, space: Space, costs: Costs) -> None:
@@ -332,9 +337,7 @@ def _settings(
     allowed = precisions.split(",") if isinstance(precisions, str) else precisions
     loaded = load(model)
     accelerator = targets.get(target)
-    if "constraints" in rest and accelerator.weight_memory_bytes is not None:
-        # What does not fit cannot be compiled.
-        rest["constraints"] += (f"memory<={accelerator.weight_memory_bytes.value}bytes",)
+    memory = accelerator.weight_memory_bytes
     return loaded, SearchSettings(
         model=DataFile(path=str(Path(model).absolute()), sha256=digest(Path(model))),
         target=str(Path(target).absolute()) if targets.is_file(target) else str(target),
@@ -345,9 +348,14 @@ def _settings(
         precisions=tuple(_precision(entry, "--precisions") for entry in allowed or ()),
         keep={name: _precision(entry, "--keep") for name, entry in (keep or {}).items()},
         input_shapes={name: list(shape) for name, shape in (input_shapes or {}).items()},
+        weight_memory_bytes=None if memory is None else memory.value,
         quantization=quantization,
         **rest,
     )
+
+
+def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _precision(value: str | Precision, where: str) -> str:
@@ -372,11 +380,11 @@ def _check_given(model: Any, target: Any, calibration: Any, validation: Any) -> 
         )
 
 
-def _refuse_other_options(asked: Mapping[str, Any], folder: Path) -> None:
+def _refuse_other_options(
+    function: Callable[..., object], asked: Mapping[str, Any], free: Container[str], folder: Path
+) -> None:
     """Refuse options that a study has settled."""
-    free = {"resume", "generations", "evaluations", "time_budget", "patience"}
-    free |= {"workers", "scheduler", "progress"}
-    for name, parameter in signature(search_precisions).parameters.items():
+    for name, parameter in signature(function).parameters.items():
         value = asked[name]
         if name not in free and value != parameter.default and (value or parameter.default):
             option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
@@ -405,12 +413,12 @@ def search_precisions(
     output: str | Path | None = None,
     resume: str | Path | None = None,
     objectives: str | Sequence[str] = "error,speedup",
-    constraints: Sequence[str] | None = None,
+    constraints: str | Sequence[str] | None = None,
     metric: str = "top1",
     precisions: str | Sequence[str | Precision] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
-    exclude: Sequence[str] | None = None,
-    tie: Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    tie: str | Sequence[str] | None = None,
     start: Literal["guided", "plain"] = "guided",
     algorithm: Algorithms = "auto",
     population: int = 40,
@@ -509,12 +517,12 @@ def search_precisions(
     Interrupted
         By Ctrl-C; nothing finished is lost.
     """
+    asked = locals()
 
     def preparing(done: int, total: int) -> None:
         if progress is not None:
             progress(SearchProgress("calibrating", done, total))
 
-    asked = locals()
     stops = Stops(generations, evaluations, time_budget, patience)
     _check_numbers(
         {"generations": generations, "evaluations": evaluations, "patience": patience,
@@ -529,9 +537,13 @@ def search_precisions(
         if number < 0:
             raise UsageError(f"{number} is less than nothing", where=f"--{name}")
     if resume is not None:
-        _refuse_other_options(asked, Path(resume))
+        free = {"resume", "generations", "evaluations", "time_budget", "patience"}
+        free |= {"workers", "scheduler", "reuse_mib", "progress"}
+        _refuse_other_options(search_precisions, asked, free, Path(resume))
         with Study(resume, write=True) as study:
             settings, facts = settings_of(study)
+            if reuse_mib != _REUSE_BYTES >> 20:  # decides about nothing but memory
+                settings = settings.model_copy(update={"reuse_bytes": reuse_mib << 20})
             _refuse_changes(settings)
             prepared = _prepare(settings, load(settings.model.path), preparing)
             _refuse_other_study(prepared, facts, study)
@@ -552,19 +564,21 @@ def search_precisions(
         raise UsageError(
             f"{algorithm!r} is no algorithm", fix="choose auto, nsga2, exhaustive or random"
         )
+    if start not in ("guided", "plain"):
+        raise UsageError(f"{start!r} is no start", fix="choose guided or plain")
     loaded, settings = _settings(
         model,
         target,
         calibration,
         validation,
         test=test,
-        objectives=tuple([objectives] if isinstance(objectives, str) else objectives),
-        constraints=tuple(constraints or ()),
+        objectives=_texts(objectives),
+        constraints=_texts(constraints),
         metric=metric,
         precisions=precisions,
         keep=keep,
-        exclude=tuple(exclude or ()),
-        tie=tuple(tie or ()),
+        exclude=_texts(exclude),
+        tie=_texts(tie),
         start=start,
         algorithm="nsga2" if algorithm == "auto" else algorithm,
         population=population,
@@ -602,9 +616,8 @@ def search_precisions(
 
 def _stops_of(study: Study, given: Stops) -> Stops:
     """When a study that goes on ends: as it was begun, where nothing else is given."""
-    known: dict[str, Any] = study.meta("stops") or {}
     changed = {name: value for name, value in asdict(given).items() if value is not None}
-    stops = Stops(**{**known, **changed})
+    stops = replace(stops_of(study), **changed)
     study.set_meta("stops", asdict(stops))
     return stops
 
@@ -669,6 +682,13 @@ def _refuse_changes(settings: SearchSettings) -> None:
 
 def _refuse_other_study(prepared: _Prepared, facts: StudyFacts, study: Study) -> None:
     now = prepared.facts
+    if now.versions != facts.versions:
+        changed = [
+            f"{name} {facts.versions.get(name)}, now {number}"
+            for name, number in now.versions.items()
+            if number != facts.versions.get(name)
+        ]
+        logger.warning("the study was begun with %s: it may go on otherwise", "; ".join(changed))
     same = (now.layers, now.space, now.target) == (facts.layers, facts.space, facts.target)
     if not same or _layer_costs(prepared) != study.meta("layer_costs"):
         raise StudyError(
@@ -720,7 +740,8 @@ def _run(
         engine.problem = problem = replace(prepared.problem, reference=reference)
         ended = engine.run(_algorithm(settings, prepared, problem))
         study.set_meta("ended", ended)
-        _test(study, settings, prepared, problem, workers, scheduler, progress)
+    del engine, pool  # their memory is needed no more
+    _test(study, settings, prepared, problem, workers, scheduler, progress)
     found = front(study.folder)
     evaluated = study.evaluations()
     seconds = [e.result.seconds for e in evaluated if e.result.status == "ok"]
@@ -912,14 +933,16 @@ def sensitivity(
     RunError
         If the float model or a cost model fails.
     """
+    asked = locals()
+    _check_numbers({"samples": samples, "workers": workers})
+    if vector_values < 0:
+        raise UsageError(f"{vector_values} is less than nothing", where="--vector-values")
     if plot is not None and Path(plot).suffix != ".html":
         raise UsageError("the heat map is a page", where=str(plot), fix="name it .html")
     picture = None if plot is None else check_writable(plot, overwrite=overwrite)
     if study is not None:
-        if model is not None or target is not None:
-            raise UsageError(
-                "a study says what model and target are", where=str(study), fix="leave them out"
-            )
+        free = {"study", "workers", "scheduler", "plot", "overwrite", "progress"}
+        _refuse_other_options(sensitivity, asked, free, Path(study))
         with Study(study, write=True) as opened:
             settings, facts = settings_of(opened)
             _refuse_changes(settings)

@@ -540,7 +540,7 @@ class FakeQuant:
             data = model.data[name]
             self._groups[data] = (*self._groups.get(data, ()), name)
         self._slots = {slot.layer: slot for seg in model.segments for slot in seg.slots}
-        self._weights: dict[tuple[str, int], ort.OrtValue] = {}
+        self._weights: dict[tuple[str, int, bytes], ort.OrtValue] = {}
         self._codes: dict[tuple[str, int], tuple[Array, npt.NDArray[np.float32]]] = {}
         self._parameters: dict[
             tuple[str, tuple[Precision, ...]], dict[str, dict[str, ort.OrtValue]]
@@ -606,8 +606,7 @@ class FakeQuant:
             made = runner.run(values, fresh=keeps)
             values.update(made)
             if keeps:
-                early = {n: values[n] for n in self.model.outputs if n in values}
-                self._keep((key, number, self._prefixes[number]), {**early, **made})
+                self._keep((key, number, self._prefixes[number]), made)
         # Copied: an array of onnxruntime's does not keep the memory alive that it shows.
         return {name: values[name].numpy().copy() for name in self.model.outputs}
 
@@ -659,15 +658,16 @@ class FakeQuant:
                 per_channel=model.per_channel,
             )
             slot = self._slots[name]
-            own = codes.weight_scales is not base[1]
-            weights = None if own else self._weights.get((name, precision.weight_bits))
+            # Scales that were raised for a bias depend on the activations' scale.
+            raised = codes.weight_scales is not base[1]
+            scales = codes.weight_scales.tobytes() if raised else b""
+            weights = self._weights.get((name, precision.weight_bits, scales))
             if weights is None:
                 array = codes.dequantized_weights()
                 if slot.layout is not None:
                     array = slot.layout.weights(array)
                 weights = _ort_value(array, np.float32)
-                if not own:
-                    self._weights[name, precision.weight_bits] = weights
+                self._weights[name, precision.weight_bits, scales] = weights
             feed = {slot.weights: weights}
             if slot.bias is not None:
                 bias = codes.dequantized_bias()

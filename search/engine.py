@@ -15,34 +15,13 @@ from bitwright.search.algorithm import Algorithm
 from bitwright.search.objectives import Costs
 from bitwright.search.problem import Problem
 from bitwright.search.results import Result
+from bitwright.search.settings import Stops
 from bitwright.search.space import Genome, Plan, Space, widest
 from bitwright.search.study import Evaluation, Generation, Study
 from bitwright.search.workers import Pool
 from bitwright.vocabulary import Precision
 
 __all__ = ["Engine", "SearchProgress", "Stops", "guided_start", "narrowest_and_widest"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stops:
-    """When a search ends; None never.
-
-    Attributes
-    ----------
-    generations
-        Generations, the initial population counted.
-    evaluations
-        Different plans, those of an interrupted search counted.
-    time_budget
-        Seconds from now.
-    patience
-        Generations without a larger hypervolume.
-    """
-
-    generations: int | None = None
-    evaluations: int | None = None
-    time_budget: float | None = None
-    patience: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

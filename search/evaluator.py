@@ -36,6 +36,7 @@ __all__ = [
     "EvaluationJob",
     "Evaluator",
     "PostTraining",
+    "check_labels",
     "job_for",
     "job_on",
 ]
@@ -185,11 +186,12 @@ class PostTraining:
                     if not single:
                         overall.add(outputs, batch, expected)
                     done += batch.samples
-                    if limit is not None and done < total and measure.least(total - done) > limit:
+                    least = measure.least(total - done)
+                    if limit is not None and done < total and least > limit:
                         status = "stopped"
                         break
                 samples += done
-                error = measure.error()
+                error = measure.error() if status == "ok" else max(measure.error(), least)
                 worst = error if worst is None else max(worst, error)
                 if limit is not None and worst > limit:
                     if number < len(self.job.subsets) - 1:
@@ -297,11 +299,7 @@ def job_for(
     """
     measure = get_metric(metric)
     scale = ErrorScale(metric, measure.unit, measure.higher_is_better)
-    if measure.needs == "labels" and not validation.has_labels:
-        raise DataError(
-            f"metric {metric} needs labels, and there is no array 'labels'",
-            where=validation.where,
-        )
+    check_labels(metric, validation)
     if subsets < 1:
         raise UsageError(f"{subsets} subsets are not possible", fix="use 1 or more")
     if odd := [value.name for value in model.outputs if value.dtype.kind not in "fiub"]:
@@ -336,6 +334,14 @@ def job_for(
     return replace(job, limit=limit(error)), error
 
 
+def check_labels(metric: str, data: Samples) -> None:
+    """Refuse data without labels for a metric that needs them."""
+    if get_metric(metric).needs == "labels" and not data.has_labels:
+        raise DataError(
+            f"metric {metric} needs labels, and there is no array 'labels'", where=data.where
+        )
+
+
 def job_on(job: EvaluationJob, model: Model, data: Samples) -> tuple[EvaluationJob, float]:
     """The same job on other data, all of it and without a limit; and the float model's error.
 
@@ -354,10 +360,7 @@ def job_on(job: EvaluationJob, model: Model, data: Samples) -> tuple[EvaluationJ
         As :func:`job_for`.
     """
     measure = get_metric(job.metric)
-    if measure.needs == "labels" and not data.has_labels:
-        raise DataError(
-            f"metric {job.metric} needs labels, and there is no array 'labels'", where=data.where
-        )
+    check_labels(job.metric, data)
     batches, outputs = _run_float(model, data, 1, None)
     expected = outputs if measure.needs == "outputs" else ()
     other = replace(job, subsets=batches, expected=expected, limit=None)

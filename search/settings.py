@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from bitwright.errors import StudyError
 from bitwright.search.objectives import Constraint, ErrorScale, Objective
@@ -15,11 +16,42 @@ from bitwright.search.study import Study
 __all__ = [
     "DataFile",
     "SearchSettings",
+    "Stops",
     "StudyFacts",
     "make_problem",
     "problem_of",
     "settings_of",
+    "stops_of",
 ]
+
+
+_RESTORE: Final = "restore it from a copy, or search again into another folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """When a search ends; None never.
+
+    Attributes
+    ----------
+    generations
+        Generations, the initial population counted.
+    evaluations
+        Different plans, those of an interrupted search counted.
+    time_budget
+        Seconds from now.
+    patience
+        Generations without a larger hypervolume.
+    """
+
+    generations: int | None = None
+    evaluations: int | None = None
+    time_budget: float | None = None
+    patience: int | None = None
+
+
+_REFERENCE: Final = TypeAdapter(tuple[tuple[float, float], ...])
+_STOPS: Final = TypeAdapter(Stops)
 
 
 class _Data(BaseModel):
@@ -60,6 +92,7 @@ class SearchSettings(_Data):
     samples: int | None = None
     vector_values: int = 0
     input_shapes: dict[str, list[int | None]]
+    weight_memory_bytes: int | None = None
     quantization: QuantizationOptions
     reuse_bytes: int = 256 << 20
 
@@ -124,30 +157,61 @@ def settings_of(study: Study) -> tuple[SearchSettings, StudyFacts]:
         settings = SearchSettings.model_validate(study.meta("settings"))
         facts = StudyFacts.model_validate(study.meta("facts"))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "settings"
-        raise StudyError(
-            f"is damaged ({place}: {first['msg']})",
-            where=str(study.folder),
-            fix="restore it from a copy, or search again into another folder",
-        ) from error
+        raise _damaged(study, error) from error
     return settings, facts
+
+
+def _damaged(study: Study, error: ValidationError) -> StudyError:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "settings"
+    return StudyError(
+        f"is damaged ({place}: {first['msg']})", where=str(study.folder), fix=_RESTORE
+    )
+
+
+def stops_of(study: Study) -> Stops:
+    """When the search of a study ends.
+
+    Raises
+    ------
+    StudyError
+        If it is damaged.
+    """
+    try:
+        return _STOPS.validate_python(study.meta("stops") or {})
+    except ValidationError as error:
+        raise _damaged(study, error) from error
 
 
 def problem_of(study: Study) -> Problem:
     """Objectives and constraints of a study, with which its evaluations can be judged."""
     settings, facts = settings_of(study)
     scale = ErrorScale(settings.metric, facts.metric_unit, facts.higher_is_better)
-    return make_problem(settings, scale, facts.float_error, study.meta("reference") or [])
+    reference = study.meta("reference")
+    problem = make_problem(settings, scale, facts.float_error)
+    if reference is None:
+        return problem
+    try:
+        ends = _REFERENCE.validate_python(reference)
+    except ValidationError as error:
+        raise _damaged(study, error) from error
+    if len(ends) != len(problem.objectives):
+        raise StudyError(
+            f"is damaged (reference: {len(ends)} values for {len(problem.objectives)} objectives)",
+            where=str(study.folder),
+            fix=_RESTORE,
+        )
+    return replace(problem, reference=ends)
 
 
-def make_problem(
-    settings: SearchSettings, scale: ErrorScale, float_error: float, reference: Any = ()
-) -> Problem:
+def make_problem(settings: SearchSettings, scale: ErrorScale, float_error: float) -> Problem:
     """Objectives and constraints that settings ask for."""
     from bitwright.search.objectives import parse_constraint, parse_objectives
 
     objectives: tuple[Objective, ...] = parse_objectives(settings.objectives, scale)
     constraints: list[Constraint] = [parse_constraint(text, scale) for text in settings.constraints]
-    ends = tuple((float(worst), float(best)) for worst, best in reference)
-    return Problem(scale, objectives, tuple(constraints), float_error, ends)
+    capacity = settings.weight_memory_bytes
+    if capacity is not None:  # what does not fit cannot be compiled
+        text = f"the weight memory of the target, {capacity:,} bytes"
+        constraints.append(Constraint("memory", "<=", capacity, text=text))
+    return Problem(scale, objectives, tuple(constraints), float_error)

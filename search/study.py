@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from bitwright.errors import OutputError, PlanError, StudyError, first_line
-from bitwright.search.results import Result
+from bitwright.search.results import Result, Status
 from bitwright.search.space import Plan
 from bitwright.vocabulary import Precision
 
@@ -377,6 +377,8 @@ class Study:
 
 def _evaluation(number: int, plan: str, origin: str, status: Any, *rest: Any) -> Evaluation:
     error, overall, samples, seconds, message, gains = rest
+    if status not in get_args(Status):
+        raise ValueError(f"evaluation {number} has the status {status!r}")
     return Evaluation(
         number,
         tuple(Precision.parse(text) for text in plan.split(",")),

@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from bitwright.errors import RunError, UsageError, first_line
+from bitwright.errors import BitwrightError, RunError, UsageError, first_line
 from bitwright.search.evaluator import EvaluationJob, Evaluator, PostTraining
 from bitwright.search.results import Result
 from bitwright.search.space import Plan
@@ -155,10 +155,9 @@ class _Dask:
                 for future in sorted(done, key=numbers.__getitem__):
                     number = numbers.pop(future)
                     error = future.exception()
-                    if error is None:
-                        yield number, future.result()
-                    else:  # Dask has tried it on several workers
-                        yield number, Result("failed", None, message=first_line(error))
+                    if error is not None:  # of a worker; what a plan does is in its result
+                        raise self._lost(f"workers fail ({first_line(error)})")
+                    yield number, future.result()
         except (OSError, CancelledError) as error:
             raise self._lost(f"the Dask scheduler is gone ({first_line(error)})") from error
         finally:
@@ -236,6 +235,15 @@ def open_pool(
                 where="--scheduler",
                 fix=f"start some: dask worker {scheduler} --nthreads 1",
             ) from error
-        pool = _Dask(client, job)
+        try:
+            pool = _Dask(client, job)
+        except BitwrightError:
+            raise
+        except Exception as error:  # whatever a worker cannot import or read
+            raise UsageError(
+                f"the Dask workers cannot take the job ({first_line(error)})",
+                where="--scheduler",
+                fix="install bitwright and what your metric needs there, in the same versions",
+            ) from error
         stack.callback(pool.close)
         yield pool

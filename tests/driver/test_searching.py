@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 
 import bitwright
+from bitwright import targets
 from bitwright.cli import main
 from bitwright.errors import (
     BitwrightError,
@@ -623,3 +626,69 @@ def test_a_plan_that_is_not_in_the_study(undisturbed: Front, tmp_path: Path) -> 
             MODEL, plan=f"{undisturbed.folder}#1", output=tmp_path / "artefact", clip="minmax"
         )
     assert not (tmp_path / "artefact").exists()
+
+
+def test_bad_test_data_are_refused_before_the_search(data: dict[str, Path], tmp_path: Path) -> None:
+    with np.load(data["test"]) as archive:
+        np.savez(tmp_path / "unlabelled.npz", image=archive["image"])
+    refused(DataError, "needs labels", data, output=tmp_path / "study",
+            test=tmp_path / "unlabelled.npz")  # fmt: skip
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE meta SET value = '[1]' WHERE key = 'reference'",
+        "UPDATE meta SET value = '[[1, 2]]' WHERE key = 'reference'",
+        "UPDATE meta SET value = '{\"population\": \"many\"}' WHERE key = 'settings'",
+        "UPDATE evaluations SET plan = 'w8a8' WHERE number = 1",
+        "UPDATE evaluations SET status = 'strange' WHERE number = 1",
+    ],
+)
+def test_a_damaged_study_is_told(statement: str, undisturbed: Front, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(undisturbed.folder, folder)
+    with sqlite3.connect(folder / "study.sqlite") as database:
+        database.execute(statement)
+    database.close()
+    with pytest.raises(StudyError, match="is damaged"):
+        bitwright.front(folder)
+
+
+def test_baselines_are_plans_that_were_run_whole(data: dict[str, Path], tmp_path: Path) -> None:
+    found = search(
+        tmp_path / "study",
+        "bitfusion/eyeriss",
+        data,
+        constraints=["error<=+1pp"],
+        keep={"conv1": "w8a8"},
+        samples=600,
+        generations=1,
+    )
+    assert {point.status for point in found.baselines} == {"ok"}
+    uniform = {p.plan[1:] for p in found.baselines if len(set(p.plan[1:])) == 1}
+    assert len(uniform) > 2  # the layer that is kept does not count
+
+
+def test_the_weight_memory_of_a_target_is_a_limit(data: dict[str, Path], tmp_path: Path) -> None:
+    text = Path(targets.__file__).with_name("descriptions") / "silago_drra.yaml"
+    assert text.is_file()
+    chip = tmp_path / "chip.yaml"
+    content = re.sub(r"^name: .*$", "name: silago/tiny", text.read_text(), flags=re.MULTILINE)
+    content = re.sub(r"weight_memory_bytes:.*", "", content)
+    source = re.search(r"source: (\S+?)[,}\s]", content)
+    assert source is not None
+    memory = f"weight_memory_bytes: {{value: 31000, source: {source[1]}}}\n"
+    chip.write_text(content.replace("precisions:", memory + "precisions:", 1))
+    found = search(tmp_path / "study", str(chip), data, samples=100)
+    assert {p.gains["memory"] <= 31_000 for p in found.points} == {True}
+    assert found.evaluations["skipped"] > 200
+    chip.write_text(chip.read_text().replace("31000", "3100"))
+    refused(UsageError, "no plan of the space meets the weight memory of the target", data,
+            target=chip, output=tmp_path / "other")  # fmt: skip
+
+
+def test_sensitivity_of_a_study_takes_no_other_options(undisturbed: Front) -> None:
+    with pytest.raises(UsageError, match="there is --metric"):
+        bitwright.sensitivity(study=undisturbed.folder, metric="mse")

@@ -300,3 +300,25 @@ def test_weights_are_kept_once_a_width(tmp_path: Path) -> None:
             seen.setdefault((name, precision.weight_bits), set()).add(weights.data_ptr())
     assert all(len(pointers) == 1 for pointers in seen.values())
     assert len(seen) == 4 * len(names)
+
+
+def test_scales_raised_for_a_bias_do_not_multiply_the_weights(tmp_path: Path) -> None:
+    """Three layers with one input, each with a channel that is next to nothing but its bias."""
+    builder = Builder(opset=21)
+    x = builder.input("x", ["N", 4])
+    generator = np.random.default_rng(0)
+    names = []
+    for _ in range(3):
+        weights = generator.normal(0, 1, (4, 5)).astype(np.float32)
+        weights[:, 0] *= 1e-12
+        bias = builder.constant(np.ones(5, np.float32))
+        names.append(builder.node("Gemm", x, builder.constant(weights), bias))
+    path = save(builder, tmp_path / "dead.onnx", *names)
+    runner = FakeQuant(built(path, {"x": sample(1, 32, 4)}, blocked=False))
+    seen = set()
+    for plan in draw_plans(runner.model.layers, 3, 60):
+        for layer, values in runner.parameters(plan).items():
+            pointer = next(v for key, v in values.items() if key.endswith("/weights")).data_ptr()
+            seen.add((layer, plan[layer].weight_bits, pointer))
+    # One a width, and for raised scales one an activation scale of a layer.
+    assert len(seen) <= 3 * 4 * 12
