@@ -25,7 +25,7 @@ from bitwright.search.study import Study
 from bitwright.search_tables import short_plan
 from bitwright.searching import search_precisions
 from bitwright.units import quantity
-from bitwright.vocabulary import BIT_WIDTHS, PrecisionPlan
+from bitwright.vocabulary import BIT_WIDTHS, Precision, PrecisionPlan
 
 __all__ = ["Report", "report"]
 
@@ -431,15 +431,19 @@ def _compile_command(front: Front) -> tuple[str, str]:
 
 
 def _labels(front: Front) -> dict[int, str]:
-    """What baselines are called: their precision, where all layers have the same."""
+    """What baselines are called: the precision of all layers that the search decides about."""
+    kept = front.facts.space["kept"]
+
+    def precisions(point: Point) -> set[Precision]:
+        return {p for n, p in zip(front.facts.layers, point.plan, strict=True) if n not in kept}
 
     def bits(point: Point) -> int:
         return sum(p.weight_bits + p.activation_bits for p in point.plan)
 
     most = max(map(bits, front.baselines), default=0)
     return {
-        point.number: str(point.plan[0])
-        if len(set(point.plan)) == 1
+        point.number: str(*precisions(point))
+        if len(precisions(point)) == 1
         else ("most bits" if bits(point) == most else "fewest bits")
         for point in front.baselines
     }

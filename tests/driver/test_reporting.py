@@ -108,8 +108,6 @@ def test_the_twin_is_the_front_and_what_the_page_shows(
     assert limit["value"] == pytest.approx(same.float_error + 1)
     assert document["settings"]["subsets"] == 2
     called = {point.number: str(point.plan[0]) for point in same.baselines}
-    narrow, wide = (point.number for point in same.baselines if point.origin == "baseline")
-    called |= {narrow: "fewest bits", wide: "most bits"}  # as fc3 is kept at 8
     assert embedded(page.read_text())["labels"] == {str(n): text for n, text in called.items()}
 
 
