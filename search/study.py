@@ -200,7 +200,7 @@ class Study:
                 )
             temporary.replace(folder / _FILE)
         except (OSError, sqlite3.Error) as error:
-            with suppress(OSError):
+            with suppress(OSError):  # the first error is the one to tell
                 temporary.unlink(missing_ok=True)
                 temporary.with_name(f"{temporary.name}-journal").unlink(missing_ok=True)
                 if made:

