@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -20,7 +22,7 @@ from bitwright.search.space import Plan
 
 __all__ = ["Pool", "open_pool"]
 
-_CONNECT_SECONDS = 5
+_CONNECT_SECONDS = 20
 _ALONE_SECONDS = 60  # a cluster may start a worker again
 
 
@@ -176,6 +178,20 @@ class _Dask:
             self._client.unregister_worker_plugin(self._name)
 
 
+@functools.cache
+def _event_loop() -> Any:
+    """A running event loop for Dask; its own gives up on a machine that is busy for 10 s."""
+    from tornado.ioloop import IOLoop
+
+    made = asyncio.new_event_loop()
+    threading.Thread(target=made.run_forever, name="event loop", daemon=True).start()
+
+    async def of_tornado() -> Any:
+        return IOLoop.current()
+
+    return asyncio.run_coroutine_threadsafe(of_tornado(), made).result()
+
+
 @contextmanager
 def open_pool(
     job: EvaluationJob, *, workers: int = 1, scheduler: str | None = None
@@ -212,6 +228,7 @@ def open_pool(
         if scheduler is None:
             address = stack.enter_context(
                 LocalCluster(
+                    loop=_event_loop(),
                     n_workers=workers,
                     threads_per_worker=1,
                     memory_limit=0,
@@ -220,7 +237,9 @@ def open_pool(
                 )
             )
         try:
-            client = stack.enter_context(Client(address, timeout=_CONNECT_SECONDS))
+            client = stack.enter_context(
+                Client(address, timeout=_CONNECT_SECONDS, loop=_event_loop())
+            )
         except (OSError, ValueError, ImportError) as error:
             raise UsageError(
                 f"no Dask scheduler answers at {scheduler} ({first_line(error)})",

@@ -13,6 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 
 from bitwright.errors import UsageError
+from bitwright.search import workers
 from bitwright.search.space import Plan
 from bitwright.search.workers import open_pool
 from tests.search.test_evaluator import NARROW, lenet_job, plans
@@ -24,6 +25,7 @@ TRIED: dict[int, Plan] = dict(enumerate([NARROW, *plans(1, 9)]))
 def cluster() -> Iterator[Any]:
     """A scheduler with two workers, each in a process of its own."""
     with LocalCluster(
+        loop=workers._event_loop(),
         n_workers=2,
         threads_per_worker=1,
         memory_limit=0,
@@ -77,7 +79,7 @@ def test_a_worker_that_dies_costs_its_running_plan_alone(
     cluster: Any, expected: dict[int, Any]
 ) -> None:
     with (
-        Client(cluster.scheduler_address) as client,
+        Client(cluster.scheduler_address, loop=cluster.loop) as client,
         open_pool(lenet_job(300)[0], scheduler=cluster.scheduler_address) as pool,
     ):
         results = pool.evaluate(TRIED)
@@ -102,6 +104,13 @@ def test_a_worker_that_comes_later_helps(cluster: Any, expected: dict[int, Any])
         cluster.scale(2)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody will come."""
+    monkeypatch.setattr(workers, "_CONNECT_SECONDS", 1)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_cluster_that_is_not_there_is_refused() -> None:
     with (
         pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"),
@@ -110,6 +119,7 @@ def test_a_cluster_that_is_not_there_is_refused() -> None:
         pass
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nonsense_is_refused() -> None:
     with (
         pytest.raises(UsageError, match="no Dask scheduler answers"),
@@ -122,7 +132,12 @@ def test_nonsense_is_refused() -> None:
 
 def test_a_cluster_without_workers_is_refused() -> None:
     with (
-        LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL) as empty,
+        LocalCluster(
+            loop=workers._event_loop(),
+            n_workers=0,
+            dashboard_address=":0",
+            silence_logs=logging.CRITICAL,
+        ) as empty,
         pytest.raises(UsageError, match="has no workers"),
         open_pool(lenet_job(300)[0], scheduler=empty.scheduler_address),
     ):
