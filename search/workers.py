@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
+import gc
 import itertools
 import logging
 import os
@@ -178,20 +177,6 @@ class _Dask:
             self._client.unregister_worker_plugin(self._name)
 
 
-@functools.cache
-def _event_loop() -> Any:
-    """A running event loop for Dask; its own gives up on a machine that is busy for 10 s."""
-    from tornado.ioloop import IOLoop
-
-    made = asyncio.new_event_loop()
-    threading.Thread(target=made.run_forever, name="event loop", daemon=True).start()
-
-    async def of_tornado() -> Any:
-        return IOLoop.current()
-
-    return asyncio.run_coroutine_threadsafe(of_tornado(), made).result()
-
-
 @contextmanager
 def open_pool(
     job: EvaluationJob, *, workers: int = 1, scheduler: str | None = None
@@ -228,7 +213,6 @@ def open_pool(
         if scheduler is None:
             address = stack.enter_context(
                 LocalCluster(
-                    loop=_event_loop(),
                     n_workers=workers,
                     threads_per_worker=1,
                     memory_limit=0,
@@ -236,16 +220,20 @@ def open_pool(
                     silence_logs=logging.CRITICAL,
                 )
             )
+        reason = None
         try:
-            client = stack.enter_context(
-                Client(address, timeout=_CONNECT_SECONDS, loop=_event_loop())
-            )
+            client = stack.enter_context(Client(address, timeout=_CONNECT_SECONDS))
         except (OSError, ValueError, ImportError) as error:
+            reason = first_line(error)
+        if reason is not None:
+            # The destructor of a client that failed waits for a lock that a client holds while it
+            # starts; were the failed one collected just then, both would wait for ever.
+            gc.collect()
             raise UsageError(
-                f"no Dask scheduler answers at {scheduler} ({first_line(error)})",
+                f"no Dask scheduler answers at {scheduler} ({reason})",
                 where="--scheduler",
                 fix="start one (dask scheduler) and its workers, or use --workers",
-            ) from error
+            )
         try:
             client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
         except TimeoutError as error:
