@@ -12,9 +12,11 @@ symbolic sizes stay symbolic expressions.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
@@ -26,6 +28,8 @@ from tvm.ir import SourceName, Span
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from bitwright.errors import BitwrightError, ModelError, first_line
+from bitwright.passes import ops
+from bitwright.passes.expressions import Sizes, global_variable
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
 from bitwright.quant.graph import (
     attribute,
@@ -60,6 +64,7 @@ _NOT_ONNX = frozenset(
 
 _MAX_LISTED = 20
 _LARGEST_SIZE = 2**40  # of a symbolic dimension
+_LAST = 2**31 - 1  # what exporters write for the end of an axis, or more
 _MAX_NEIGHBOURS = 64  # of one output of Resize, along one axis
 _MAX_FILLED = 1 << 20  # elements of a constant made of one number
 _MAX_SYMBOLIC = 1024  # elements of an integer tensor that is followed through shape arithmetic
@@ -114,10 +119,7 @@ def check_operators(model: Model) -> None:
     if missing:
         more = len(missing) - _MAX_LISTED
         shown = ", ".join(missing[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-        kinds = {node.op_type for node in _all_nodes(model.graph)}
         advice = "replace them (`bitwright inspect` lists all operators)"
-        if kinds & {"GRU", "LSTM", "Loop", "RNN", "Scan"}:
-            advice += "; recurrent operators are for a later version"
         raise ModelError(
             f"uses operators that cannot be compiled: {shown}", where=model.source, fix=advice
         )
@@ -327,6 +329,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         self._stored: dict[ir.Value, _Stored] = {}
         self._indices: dict[ir.Value, _Expr] = {}
         self._functions, self._codes = _functions_of_codes(model.graph)
+        self._bodies: dict[Any, Any] = {}  # global variable of a loop's body to its function
 
     def run(self) -> Any:
         """Build the module."""
@@ -347,6 +350,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
                 raise
             self.bb.emit_func_output(result)
         module = self.bb.get()
+        for variable, function in self._bodies.items():
+            module[variable] = function
         return relax.transform.ConvertToDataflow(1)(module) if branches else module
 
     def _body(self, graph: ir.Graph, live: set[ir.Node]) -> _Expr:
@@ -372,7 +377,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
                 if name in (None, "?"):  # a size without a name
                     name = f"{value.name}_{axis}"
                 if isinstance(name, str) and name not in self._sizes:
-                    self._sizes[name] = self._size(name)
+                    self._sizes[name] = self.size(name)
                 assert shape is not None
                 shape.append(self._sizes[name] if isinstance(name, str) else name)
             dtype = _storage_name(value.dtype)
@@ -531,7 +536,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         sizes = []
         for axis, dim in enumerate(dims):
             known = dim if isinstance(dim, int) else self._sizes.get(getattr(dim, "value", None))
-            sizes.append(self._size(f"{value.name}_{axis}") if known is None else known)
+            sizes.append(self.size(f"{value.name}_{axis}") if known is None else known)
         return self.bb.match_cast(expr, relax.TensorType(sizes, ty.dtype))
 
     def _align(self, node: ir.Node) -> None:
@@ -562,7 +567,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             ty = relax.TensorType(shapes[value], expr.ty.dtype)
             self._exprs[value] = self.bb.match_cast(expr, ty)
 
-    def _size(self, name: str) -> Any:
+    def size(self, name: str) -> Any:
         """A new symbolic size."""
         size = tirx.Var(name, "int64")
         self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
@@ -643,6 +648,136 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         self._indices = indices
         return relax.SeqExpr([block], result)
 
+    # -- loops -------------------------------------------------------------------------------------
+
+    def scan(
+        self,
+        node: ir.Node,
+        states: Sequence[_Expr],
+        sequences: Sequence[_Expr],
+        step: Callable[[list[_Expr], list[_Expr]], list[_Expr]],
+    ) -> list[_Expr]:
+        """Run a body for each element along axis 0 of sequences.
+
+        Parameters
+        ----------
+        node
+            The operator; what its bodies read of this graph is handed to the body.
+        states, sequences
+            The initial states, and what is scanned.
+        step
+            Emits the body: takes states and elements, returns new states and elements of outputs.
+
+        Returns
+        -------
+        list
+            The last states, then the outputs, stacked along axis 0.
+        """
+        captured = {
+            value: self.expr(value)
+            for value in captured_values(node)
+            if self.constant(value) is None and value not in self._stored
+        }
+        sizes = Sizes()
+        outer = [expr.ty for expr in (*captured.values(), *states)]
+        outer += [relax.TensorType(list(expr.ty.shape)[1:], expr.ty.dtype) for expr in sequences]
+        if any(kind.shape is None for kind in outer):
+            raise ValueError("the shape of something that its body reads is not known")
+        parameters = [relax.Var(f"p{i}", sizes.renewed(kind)) for i, kind in enumerate(outer)]
+        for _, size in sizes.known:
+            self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
+        function = self._outlined(node, captured, parameters, sizes, len(states), step)
+        body = global_variable(self._unique(str(node.name)), function)
+        self._bodies[body] = function
+
+        length = sequences[0].ty.shape[0]
+        kinds = [expr.ty for expr in states]
+        for number, field in enumerate(function.ret_ty.fields[len(states) :]):
+            if field.shape is None:
+                raise ValueError(f"the shape of its output {number} is computed in its body")
+            kinds.append(relax.TensorType([length, *map(sizes.original, field.shape)], field.dtype))
+        self.bb.start(str(node.name))
+        call = ops.scan(body, list(captured.values()), states, sequences, relax.TupleType(kinds))
+        result = self.bb.emit(call)
+        return [relax.TupleGetItem(result, index) for index in range(len(kinds))]
+
+    def _outlined(
+        self,
+        node: ir.Node,
+        captured: Mapping[ir.Value, _Expr],
+        parameters: list[_Expr],
+        sizes: Sizes,
+        count: int,
+        step: Callable[[list[_Expr], list[_Expr]], list[_Expr]],
+    ) -> Any:
+        """A function of what ``step`` emits."""
+        kept = self.__dict__.copy()
+        self.bb = _Builder()
+        self._exprs = dict(zip(captured, parameters, strict=False))
+        self._integers = {
+            value: known for value, known in self._integers.items() if _numbers(*known.flat)
+        }
+        self._folded, self._stored, self._indices = dict(self._folded), dict(self._stored), {}
+        self._sizes = {
+            name: sizes.variable(size)
+            for name, size in self._sizes.items()
+            if sizes.variable(size) is not None
+        }
+        states = parameters[len(captured) : len(captured) + count]
+        elements = parameters[len(captured) + count :]
+        branches = any(inner.op_type == "If" for inner in _all_nodes(_body(node)))
+        try:
+            with self.bb.function("body", parameters, private=True):
+                with contextlib.nullcontext() if branches else self.bb.dataflow():
+                    results = step(list(states), list(elements))
+                    known = self._states(states, results)
+                    for number, new in enumerate(results[count:], count):
+                        # An output that is a state has its type.
+                        matches = [n for n in range(count) if results[n].same_as(new)]
+                        results[number] = known[matches[0]] if matches else new
+                    results[:count] = known
+                    result = (
+                        self.bb.emit(relax.Tuple(results))
+                        if branches
+                        else (self.bb.emit_output(relax.Tuple(results)))
+                    )
+                self.bb.emit_func_output(result)
+            (function,) = self.bb.get().functions.values()
+        finally:
+            for name in ("bb", "_exprs", "_integers", "_folded", "_stored", "_indices", "_sizes"):
+                setattr(self, name, kept[name])
+        return function
+
+    def _states(self, states: Sequence[_Expr], results: Sequence[_Expr]) -> list[_Expr]:
+        """New states, which keep the types of the old ones; where unknown, checked at run time."""
+        found = []
+        for number, (old, new) in enumerate(zip(states, results, strict=False)):
+            before, after = old.ty, new.ty
+            fits: bool | None = before.dtype == after.dtype and before.ndim in (after.ndim, -1)
+            if isinstance(after.shape, relax.ShapeExpr):
+                pairs = zip(before.shape, after.shape, strict=False)
+                equal = [self.equal(self.simplify(a), self.simplify(b)) for a, b in pairs]
+                fits = fits and (False if False in equal else None if None in equal else True)
+            elif fits:
+                fits = None
+            if fits is False:
+                raise ValueError(f"its body changes state {number} from {before} to {after}")
+            found.append(new if fits else self.bb.match_cast(new, before))
+        return found
+
+    def _unique(self, name: str) -> str:
+        name = re.sub(r"\W", "_", name) + "_body"
+        count = sum(body.name_hint.startswith(name) for body in self._bodies)
+        return f"{name}_{count}" if count else name
+
+    def run_body(self, graph: ir.Graph, inputs: Sequence[_Expr]) -> list[_Expr]:
+        """Convert a body; return the values of its outputs."""
+        self._exprs.update(zip(graph.inputs, inputs, strict=True))
+        for node in graph:
+            self._node(node)
+        self.bb.start("")
+        return [self.expr(value) for value in graph.outputs]
+
     # -- shapes ------------------------------------------------------------------------------------
 
     def _shape_arithmetic(self, node: ir.Node) -> bool:
@@ -702,6 +837,10 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         if isinstance(a, int):
             return a // b if positive and a >= 0 else None
         return a // b if positive and self.analyzer.const_int_bound(a).min_value >= 0 else None
+
+
+def _body(node: ir.Node) -> ir.Graph:
+    return node.attributes["body"].as_graph()
 
 
 def _is_number(size: Any, number: int) -> bool:
@@ -1447,6 +1586,23 @@ def _transpose(importer: _Importer, node: ir.Node) -> _Expr:
     return relax.op.permute_dims(importer.expr(data), attribute(node, "perm") or None)
 
 
+def _slice(importer: _Importer, node: ir.Node) -> Any:
+    """Turning axes round; all else is TVM's."""
+    data, starts, ends, axes, steps = [*node.inputs, None, None][:5]
+    assert data is not None
+    arrays = [importer.constant(value) for value in (starts, ends, axes, steps)]
+    known = [array for array in arrays if array is not None]
+    if len(known) < 4 or not all(
+        start in (-1, _LAST) and end <= -_LAST and step == -1
+        for start, end, _, step in zip(*known, strict=True)
+    ):
+        return importer.by_tvm(node)
+    expr = importer.expr(data)
+    for axis in known[2]:
+        expr = importer.bb.emit(relax.op.flip(expr, int(axis) % expr.ty.ndim))
+    return expr
+
+
 def _split(importer: _Importer, node: ir.Node) -> list[_Expr]:
     data = node.inputs[0]
     assert data is not None
@@ -1505,6 +1661,132 @@ def _cast_rule(importer: _Importer, node: ir.Node) -> list[_Expr]:
     if dtype not in _TYPES or (dtype.bitwidth < 8 and dtype != ir.DataType.BOOL):
         raise ValueError(f"conversion to {dtype} is not supported")
     return importer.by_tvm(node)
+
+
+# -- loops -----------------------------------------------------------------------------------------
+
+
+def _scan(importer: _Importer, node: ir.Node) -> list[_Expr]:
+    graph, count = _body(node), attribute(node, "num_scan_inputs")
+    values = _all_inputs(node)
+    states = [importer.expr(value) for value in values[:-count]]
+    axes = attribute(node, "scan_input_axes") or (0,) * count
+    directions = attribute(node, "scan_input_directions") or (0,) * count
+    sequences = []
+    for value, axis, backward in zip(values[-count:], axes, directions, strict=True):
+        expr = _axis_moved(importer, importer.expr(value), axis, 0)
+        sequences.append(importer.bb.emit(relax.op.flip(expr, 0)) if backward else expr)
+    for expr in sequences[1:]:
+        first, other = sequences[0].ty.shape[0], expr.ty.shape[0]
+        if importer.equal(importer.simplify(first), importer.simplify(other)) is False:
+            raise ValueError(f"its sequences are of lengths {first} and {other}")
+
+    def step(old: list[_Expr], elements: list[_Expr]) -> list[_Expr]:
+        return importer.run_body(graph, [*old, *elements])
+
+    results = importer.scan(node, states, sequences, step)
+    outputs = results[len(states) :]
+    axes = attribute(node, "scan_output_axes") or (0,) * len(outputs)
+    directions = attribute(node, "scan_output_directions") or (0,) * len(outputs)
+    for number, (axis, backward) in enumerate(zip(axes, directions, strict=True)):
+        expr = importer.bb.emit(outputs[number])
+        expr = importer.bb.emit(relax.op.flip(expr, 0)) if backward else expr
+        outputs[number] = _axis_moved(importer, expr, 0, axis)
+    return [*results[: len(states)], *outputs]
+
+
+def _axis_moved(importer: _Importer, expr: _Expr, source: int, target: int) -> _Expr:
+    rank = expr.ty.ndim
+    source, target = source % rank, target % rank
+    if source == target:
+        return expr
+    order = [axis for axis in range(rank) if axis != source]
+    order.insert(target, source)
+    return importer.bb.emit(relax.op.permute_dims(expr, order))
+
+
+def _loop(importer: _Importer, node: ir.Node) -> list[_Expr]:
+    """A scan of the numbers of the iterations; one that ends early leaves the others out."""
+    graph = _body(node)
+    trips, condition = node.inputs[:2]
+    states = [
+        importer.expr(value)
+        for value in _all_inputs(node)[(trips is not None) + (condition is not None) :]
+    ]
+    bound = importer.constant(trips)
+    if trips is None or (bound is not None and bound.item() > _LARGEST_SIZE):
+        raise ValueError("it is a loop without a bound: give it a trip count")
+    numbers = _iterations(importer, trips)
+    known = None if condition is None else importer.constant(condition)
+    whole = _stays_true(graph) and (condition is None or (known is not None and known.all()))
+    flag = relax.const(True, "bool")
+    if not whole:
+        if condition is not None:
+            flag = importer.bb.emit(relax.op.reshape(importer.expr(condition), []))
+        states = [*states, flag, relax.const(0, "int64")]
+
+    def step(old: list[_Expr], elements: list[_Expr]) -> list[_Expr]:
+        if whole:
+            importer.fold(graph.inputs[1], np.array(True))
+            given = [elements[0], flag, *old]
+            return importer.run_body(graph, given)[1:]
+        *before, running, done = old
+        further, *results = importer.run_body(graph, [elements[0], running, *before])
+        emit = importer.bb.emit
+        for index, previous in enumerate(before):
+            new = results[index]
+            kept = emit(relax.op.where(running, new, previous))
+            # An output that is the state is cut off where the state stays.
+            results = [kept if entry.same_as(new) else entry for entry in results]
+        further = emit(relax.op.logical_and(running, relax.op.reshape(further, [])))
+        done = emit(relax.op.add(done, relax.op.astype(running, "int64")))
+        results[len(before) : len(before)] = [further, done]
+        return [importer.bb.emit(entry) if _is_call(entry) else entry for entry in results]
+
+    results = importer.scan(node, states, [numbers], step)
+    if whole:
+        return results
+    count = len(states) - 2
+    done = importer.bb.emit(results[count + 1])
+    outputs = [_first(importer, importer.bb.emit(entry), done) for entry in results[count + 2 :]]
+    return [*results[:count], *outputs]
+
+
+def _stays_true(graph: ir.Graph) -> bool:
+    """Whether the condition that a loop's body returns is the one it gets, or constantly true."""
+    value: ir.Value | None = graph.outputs[0]
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Identity", "Cast"):
+            return False
+        value = producer.inputs[0]
+    array = constant(value)
+    return value is graph.inputs[1] or (array is not None and bool(array.all()))
+
+
+def _iterations(importer: _Importer, trips: ir.Value) -> _Expr:
+    """The numbers 0, 1, ... of a loop's iterations."""
+    known = importer.integers(trips)
+    if known is not None:
+        count = known.item()
+        count = max(count, 0) if isinstance(count, int) else count
+    else:
+        vector = relax.op.reshape(importer.expr(trips), [1])
+        positive = importer.bb.emit(relax.op.maximum(vector, relax.const(0, "int64")))
+        shape = importer.bb.emit(relax.op.tensor_to_shape(positive))
+        count = importer.size(f"{trips.name}_count")
+        importer.bb.match_cast(shape, relax.ShapeType([count]))
+    return importer.bb.emit(relax.op.arange(0, count, 1, "int64"))
+
+
+def _first(importer: _Importer, expr: _Expr, count: _Expr) -> _Expr:
+    """The first ``count`` elements along axis 0."""
+    rank = expr.ty.ndim
+    zeros, ones = _const(np.zeros(rank, np.int64)), _const(np.ones(rank, np.int64))
+    sizes = relax.op.shape_to_tensor(relax.op.shape_of(expr))
+    rest = relax.op.strided_slice(sizes, [0], [1], [rank]) if rank > 1 else None
+    end = relax.op.reshape(count, [1])
+    end = end if rest is None else relax.op.concat([importer.bb.emit(end), importer.bb.emit(rest)])
+    return relax.op.dynamic_strided_slice(expr, zeros, importer.bb.emit(end), ones)
 
 
 # -- shape arithmetic ------------------------------------------------------------------------------
@@ -1674,6 +1956,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "If": _Importer.branches,
     "IsInf": _is_infinite,
     "LayerNormalization": _layer_normalization,
+    "Loop": _loop,
     "MatMul": _matmul,
     "MaxPool": _pool,
     "Mod": _mod,
@@ -1691,7 +1974,9 @@ _RULES: Final[dict[str, _Rule]] = {
     "Pad": _pad,
     "Resize": _resize,
     "RoiAlign": _roi_align,
+    "Scan": _scan,
     "Shape": _shape,
+    "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
     "Sub": _binary(relax.op.subtract),
@@ -1700,7 +1985,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "TopK": _top_k,
     "Transpose": _transpose,
 }
-"""How an operator is converted where TVM's converter does not serve; recurrent ones belong here."""
+"""How an operator is converted where TVM's converter does not serve."""
 
 # Operators whose operands have equal sizes, or sizes of 1.
 _ALIGNED = frozenset(
@@ -1710,8 +1995,8 @@ _ALIGNED = frozenset(
 
 # Operators on constants that have rules of their own, or do not give the same twice.
 _NOT_FOLDED = frozenset(
-    "Bernoulli DequantizeLinear If Multinomial QuantizeLinear RandomNormalLike"
-    " RandomUniformLike".split()
+    "Bernoulli DequantizeLinear If Loop Multinomial QuantizeLinear RandomNormalLike"
+    " RandomUniformLike Scan".split()
 )
 
 # Inputs of TVM's converters that may be shapes with symbolic sizes.

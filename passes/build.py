@@ -16,16 +16,19 @@ import tvm
 from tvm import relax
 
 from bitwright.errors import BitwrightError, RunError, first_line
+from bitwright.passes import scan_recursion
 from bitwright.passes.expressions import (
     LAYER_OPERATORS,
     bindings,
     calls,
     has_branches,
+    is_layer,
     is_move,
     node_name,
     operator,
     static_shape,
 )
+from bitwright.passes.ops import SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
@@ -196,17 +199,28 @@ def build(
         name: np.asarray(array.numpy()) for name, array in zip(names, arrays, strict=True)
     }
     options = {CODEGEN: {"isa": isa.name}}
-    module = _run("code generation", relax.transform.RunCodegen(options), module)
+    # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
+    disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
+    # Functions that are no entries would keep their calls of what the kernels replace.
+    generate = relax.transform.RunCodegen(options, ["main", *_scan_bodies(module)])
+    module = _run("code generation", generate, module)
+    # Behind code generation, which follows calls without end.
+    module = _run("code generation", scan_recursion.lower, module)
     lift = [relax.transform.DeadCodeElimination(), relax.transform.LiftTransformParams()]
     module = _run("code generation", tvm.transform.Sequential(lift), module)
     host = tvm.target.Target(target(isa))
-    # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
-    disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
     with tvm.transform.PassContext(disabled_pass=disabled):
         executable = _run("compilation", lambda mod: tvm.compile(mod, target=host), module)
     return Built(
         executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name
     )
+
+
+def _scan_bodies(module: Any) -> list[str]:
+    """Names of the functions that loops call for each step."""
+    functions = [function for _, function in _relax_functions(module)]
+    scans = [call for function in functions for call in calls(function) if operator(call) == SCAN]
+    return sorted({call.args[0].name_hint for call in scans})
 
 
 def _dump(path: Path, module: Any) -> None:
@@ -237,7 +251,7 @@ def _is_float(expr: Any) -> bool:
 
 # They carry values or change their type.
 _CARRIERS = frozenset(
-    "astype bitwright.unpack call_tir concat dequantize quantize split take".split()
+    "astype bitwright.scan bitwright.unpack call_tir concat dequantize quantize split take".split()
 )
 
 
@@ -259,7 +273,7 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
                 count["quantizers"] += 1
             elif _computes(call):
                 count["float" if _computes_floats(call) else "integer"] += 1
-        count["layers"] += "Composite" in (function.attrs or {})
+        count["layers"] += is_layer(function)
     main = module["main"].attrs
     return PassReport(
         name,
@@ -276,9 +290,9 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
 def _layers(module: Any, *, kernels: bool) -> tuple[CompiledLayer, ...]:
     found = {}
     for name, function in _relax_functions(module):
-        attrs = function.attrs or {}
-        if "Composite" not in attrs:
+        if not is_layer(function):
             continue
+        attrs = function.attrs
         products = [
             value for value in bindings(function).values() if operator(value) in LAYER_OPERATORS
         ]

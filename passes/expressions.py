@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tvm
 import tvm_ffi
-from tvm import relax
+from tvm import relax, s_tir, tirx
 from tvm.ir import GenericConst, Op, SourceName, Span
 
 from bitwright import errors
@@ -19,14 +20,18 @@ __all__ = [
     "LAYER_OPERATORS",
     "CallRewriter",
     "Quantizer",
+    "Sizes",
+    "as_block",
     "bindings",
     "calls",
     "clip_bits",
     "code_bits",
     "constant",
+    "global_variable",
     "has_branches",
     "has_onnx_layout",
     "is_integer_layer",
+    "is_layer",
     "is_move",
     "node_name",
     "operator",
@@ -287,6 +292,67 @@ def with_span(call: Any, source: Any) -> Any:
     if source.span is None or not isinstance(call, relax.Call):
         return call
     return relax.Call(call.op, call.args, call.attrs, call.ty_args, source.span)
+
+
+def is_layer(function: Any) -> bool:
+    """Whether a function is an integer layer, as PartitionForTarget makes them."""
+    return isinstance(function, relax.Function) and "input_bits" in (function.attrs or {})
+
+
+class Sizes:
+    """Variables of a function's own for the symbolic sizes of its parameters.
+
+    Sizes of a result could not be told from parameters whose sizes are formulas.
+    """
+
+    def __init__(self) -> None:
+        #: Pairs of a size outside, and its variable.
+        self.known: list[tuple[Any, Any]] = []
+
+    def renewed(self, kind: Any) -> Any:
+        """A type with one variable for each different size that is not a number."""
+        if kind.shape is None:
+            return kind
+        shape = []
+        for dim in kind.shape:
+            if isinstance(dim, tirx.IntImm):
+                shape.append(dim)
+                continue
+            if self.variable(dim) is None:
+                self.known.append((dim, tirx.Var(f"d{len(self.known)}", "int64")))
+            shape.append(self.variable(dim))
+        return relax.TensorType(shape, kind.dtype)
+
+    def variable(self, size: Any) -> Any | None:
+        """The variable of a size outside; None if it has none."""
+        found = [new for old, new in self.known if tvm_ffi.structural_equal(old, size)]
+        return found[0] if found else None
+
+    def original(self, size: Any) -> Any:
+        """The size outside that a size inside stands for."""
+        if isinstance(size, tirx.IntImm):
+            return size
+        found = [old for old, new in self.known if new.same_as(size)]
+        if not found:
+            raise ValueError(f"a size of a result, {size}, is computed inside")
+        return found[0]
+
+
+def global_variable(name: str, function: Any) -> Any:
+    """Global variable of a function; the builder's own would get another name."""
+    variable = tvm.ir.GlobalVar(name)
+    relax.expr._update_type(variable, function.ty)
+    return variable
+
+
+def as_block(function: Any) -> Any:
+    """A primitive function in the form of TVM's own, for the functions that call it.
+
+    TVM's pipeline looks into functions for reshapes, and expects a block.
+    """
+    block = s_tir.SBlock([], [], [], "root", function.body)
+    function = function.with_body(s_tir.SBlockRealize([], True, block))
+    return function.without_attr("global_symbol")
 
 
 def bindings(function: Any) -> dict[Any, Any]:

@@ -9,7 +9,15 @@
     Integers out of a dense string of bits: value ``i`` is the unsigned number in bits
     ``[i * bits, (i + 1) * bits)`` of the bytes, lowest bit first, plus ``low``.
 
-Both have a legalization, so a module that holds them compiles with TVM's own pipeline.
+``bitwright.scan(body, captured, states, sequences)``
+    A loop over time. ``body`` is a function of the module (a GlobalVar); its parameters are the
+    captured values, the states and one element of each sequence (a slice along axis 0), in this
+    order; it returns one tuple, the new states and then the elements of the outputs. The result is
+    a tuple: the states behind the last step, and the outputs, stacked along a new axis 0. States
+    keep their shapes. All sequences have the same length, which may be 0.
+
+The first two have a legalization, so a module that holds them compiles with TVM's own pipeline;
+``LowerScan`` replaces the third.
 """
 
 from __future__ import annotations
@@ -24,9 +32,10 @@ from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
-__all__ = ["REQUANTIZE", "UNPACK", "requantize", "unpack"]
+__all__ = ["REQUANTIZE", "SCAN", "UNPACK", "requantize", "scan", "unpack"]
 
 REQUANTIZE = "bitwright.requantize"
+SCAN = "bitwright.scan"
 UNPACK = "bitwright.unpack"
 
 
@@ -53,6 +62,24 @@ def unpack(words: Any, *, shape: Sequence[int], bits: int, low: int, dtype: str)
         "ir.DictAttrs", shape=list(shape), bits=bits, low=low, dtype=dtype
     )
     return relax.Call(Op.get(UNPACK), [words], attrs=attributes)
+
+
+def scan(
+    body: Any, captured: Sequence[Any], states: Sequence[Any], sequences: Sequence[Any], kind: Any
+) -> Any:
+    """Call ``bitwright.scan``; see the module's docstring.
+
+    Parameters
+    ----------
+    body
+        GlobalVar of the body.
+    captured, states, sequences
+        Tensors, variables or constants.
+    kind
+        Type of the result, a tuple of tensor types.
+    """
+    operands = [relax.Tuple(list(entries)) for entries in (captured, states, sequences)]
+    return relax.Call(Op.get(SCAN), [body, *operands], ty_args=[kind])
 
 
 def _requantize_type(call: Any, _context: Any) -> Any:
@@ -145,7 +172,7 @@ def _register(
     name: str,
     arguments: Sequence[str],
     infer: Callable[[Any, Any], Any],
-    legalize: Callable[[Any, Any], Any],
+    legalize: Callable[[Any, Any], Any] | None = None,
 ) -> None:
     try:
         Op.get(name)
@@ -159,7 +186,8 @@ def _register(
         op.add_argument(argument, "Tensor", "")
     register_op_attr(name, "FPurity", True)
     register_op_attr(name, "FInferType", infer)
-    register_legalize(name)(legalize)
+    if legalize is not None:
+        register_legalize(name)(legalize)
 
 
 @functools.cache
@@ -167,6 +195,8 @@ def register() -> None:
     """Register the operators, once a process."""
     _register(REQUANTIZE, ["accumulator", "multiplier"], _requantize_type, _legalize_requantize)
     _register(UNPACK, ["words"], _unpack_type, _legalize_unpack)
+    names = ["body", "captured", "states", "sequences"]
+    _register(SCAN, names, lambda call, _context: call.ty_args[0])
 
 
 register()

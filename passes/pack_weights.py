@@ -19,11 +19,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax, s_tir
+from tvm import relax
 
 from bitwright.errors import UsageError
 from bitwright.passes import ops
-from bitwright.passes.expressions import CallRewriter, bindings, constant, node_name, operator
+from bitwright.passes.expressions import (
+    CallRewriter,
+    as_block,
+    bindings,
+    constant,
+    global_variable,
+    is_layer,
+    node_name,
+    operator,
+)
 from bitwright.targets.codegen import CODEGEN, ISAS, IntegerLayer, generator, read_layer
 from bitwright.targets.kernels.host import Isa, detect
 from bitwright.targets.kernels.spec import Convolution, Matmul
@@ -95,13 +104,6 @@ class _Parameters:
         return variable
 
 
-def _global(name: str, function: Any) -> Any:
-    """Global variable of a function; the builder's own would get another name."""
-    variable = tvm.ir.GlobalVar(name)
-    relax.expr._update_type(variable, function.ty)
-    return variable
-
-
 def _open(function: Any, parameters: list[Any], rewrite: Any) -> Any:
     """Give a function more parameters, and rewrite its calls."""
     opened = relax.Function(
@@ -131,10 +133,7 @@ class _Packing:
     def run(self) -> Any:
         entry = None
         for variable, function in self._mod.functions_items():
-            composite = isinstance(function, relax.Function) and "Composite" in (
-                function.attrs or {}
-            )
-            if composite:
+            if is_layer(function):
                 self._layer(variable, function)
             elif variable.name_hint == "main":
                 entry = function
@@ -162,7 +161,7 @@ class _Packing:
         layer = read_layer(function)
         if layer is None:
             changed, arguments = self._plain(function)
-            opened = _global(variable.name_hint, changed)
+            opened = global_variable(variable.name_hint, changed)
             self._functions[opened] = changed
         else:
             opened, arguments = self._kernel(function, layer)
@@ -212,7 +211,7 @@ class _Packing:
             changed = _open(function, added, _replacing(replacements)).without_attr("layer")
             if self._kernels:
                 changed = changed.with_attrs({"Codegen": CODEGEN, "global_symbol": symbol})
-            self._shared[symbol] = opened = _global(symbol, changed)
+            self._shared[symbol] = opened = global_variable(symbol, changed)
             self._functions[opened] = changed
         return self._shared[symbol], arguments
 
@@ -258,11 +257,8 @@ class _Packing:
 
     def _add_primitive(self, function: Any, name: str) -> Any:
         if name not in self._primitives:
-            # TVM's pipeline looks into functions for reshapes, and expects a block.
-            block = s_tir.SBlock([], [], [], "root", function.body)
-            function = function.with_body(s_tir.SBlockRealize([], True, block))
-            function = function.without_attr("global_symbol")
-            self._primitives[name] = variable = _global(name, function)
+            function = as_block(function)
+            self._primitives[name] = variable = global_variable(name, function)
             self._functions[variable] = function
         return self._primitives[name]
 
@@ -276,13 +272,22 @@ class _Packing:
             opened, added = self._opened[call.op]
             arguments = [*call.args, *(argument(rewriter) for argument in added)]
             return relax.Call(opened, arguments, span=call.span)
-        arguments = list(call.args)
-        for index, argument in enumerate(arguments):
+        title = node_name(call) or var.name
+
+        def as_parameter(argument: Any, role: str) -> Any:
+            if isinstance(argument, relax.Tuple):  # what a primitive function takes
+                return relax.Tuple([as_parameter(field, role) for field in argument.fields])
             array = constant(argument)
-            if array is not None and array.size >= _LEAST_ELEMENTS:
-                role = "table" if operator(call) == "take" and index == 0 else "constant"
-                title = node_name(call) or var.name
-                arguments[index] = self.parameters.add(f"{title}.{role}", array)
+            if array is None or array.size < _LEAST_ELEMENTS:
+                return argument
+            return self.parameters.add(f"{title}.{role}", array)
+
+        arguments = [
+            as_parameter(
+                argument, "table" if operator(call) == "take" and index == 0 else "constant"
+            )
+            for index, argument in enumerate(call.args)
+        ]
         return relax.Call(call.op, arguments, call.attrs, call.ty_args, call.span)
 
 

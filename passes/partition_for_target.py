@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tvm
-import tvm_ffi
-from tvm import relax, tirx
+from tvm import relax
 
 from bitwright import targets
 from bitwright.passes.expressions import (
     CallRewriter,
+    Sizes,
     bindings,
     code_bits,
     constant,
@@ -111,25 +111,7 @@ def _outline(graph: _Graph, end: Any, name: str, attrs: Mapping[str, Any]) -> tu
     emitted: dict[Any, Any] = {}  # also the parameters
     pending: list[tuple[Any, Any]] = []
 
-    sizes: list[tuple[Any, Any]] = []
-
-    def renewed(kind: Any) -> Any:
-        """A type with a variable of its own for each size that is not a number.
-
-        The result's sizes could not be told from parameters whose sizes are formulas.
-        """
-        if kind.shape is None:
-            return kind
-        shape = []
-        for dim in kind.shape:
-            if not isinstance(dim, tirx.IntImm):
-                known = [new for old, new in sizes if tvm_ffi.structural_equal(old, dim)]
-                if not known:
-                    known = [tirx.Var(f"d{len(sizes)}", "int64")]
-                    sizes.append((dim, known[0]))
-                dim = known[0]  # noqa: PLW2901
-            shape.append(dim)
-        return relax.TensorType(shape, kind.dtype)
+    sizes = Sizes()
 
     def collect(expr: Any) -> None:
         if not isinstance(expr, relax.Var) or expr in emitted:
@@ -138,7 +120,7 @@ def _outline(graph: _Graph, end: Any, name: str, attrs: Mapping[str, Any]) -> tu
         if operator(value) == "dequantize" and constant(value.args[0]) is None:
             codes = value.args[0]
             if codes not in inputs:
-                inputs[codes] = emitted[codes] = relax.Var(codes.name, renewed(codes.ty))
+                inputs[codes] = emitted[codes] = relax.Var(codes.name, sizes.renewed(codes.ty))
         else:
             for argument in value.args if isinstance(value, relax.Call) else [value]:
                 collect(argument)

@@ -19,6 +19,8 @@ _PASSES = {
     "propagate-quantization": "propagate_quantization:PropagateQuantization",
     "partition-for-target": "partition_for_target:PartitionForTarget",
     "lower-to-integer": "lower_to_integer:LowerToInteger",
+    "lower-scan": "lower_scan:LowerScan",
+    "schedule-products": "schedule_products:ScheduleProducts",
     "pack-weights": "pack_weights:PackWeights",
 }
 

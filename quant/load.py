@@ -34,6 +34,7 @@ from onnx_ir.passes.common import (
 
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.quant.float_ops import FloatOperator
+from bitwright.quant.recurrent import decompose
 from bitwright.vocabulary import Dim
 
 __all__ = ["MIN_OPSET", "Model", "ValueType", "convert_opset", "load"]
@@ -529,6 +530,7 @@ def _normalize(
     if model.opset_imports[""] < MIN_OPSET:
         model = convert_opset(model, MIN_OPSET, where)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    decompose(model, where)
     _fix_input_shapes(model, input_shapes, where)
     if _fold_constants(model):  # amounts of a Pad, say, that were computed
         _infer_shapes(model, where)
@@ -815,12 +817,23 @@ def _infer_shapes(model: ir.Model, where: str) -> None:
     # Data propagation finds the most, but is not strict: it trips over Scan bodies that are valid.
     if _vector_elements(inferred) <= _MAX_VECTOR_ELEMENTS:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    found = {value.name: value for node in ir.from_proto(inferred).graph for value in node.outputs}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in found:
-                value.shape = found[value.name].shape
-                value.type = found[value.name].type
+    _take_types(model.graph, ir.from_proto(inferred).graph)
+
+
+def _take_types(graph: ir.Graph, inferred: ir.Graph) -> None:
+    """Take over what was inferred, in bodies too."""
+    for node, typed in zip(graph, inferred, strict=True):
+        for value, found in zip(node.outputs, typed.outputs, strict=True):
+            value.shape = found.shape
+            value.type = found.type
+        for name, entry in node.attributes.items():
+            if entry.type == ir.AttributeType.GRAPH:
+                body = entry.as_graph()
+                other = typed.attributes[name].as_graph()
+                for value, found in zip(body.inputs, other.inputs, strict=True):
+                    value.shape = found.shape
+                    value.type = found.type
+                _take_types(body, other)
 
 
 def _vector_elements(proto: onnx.ModelProto) -> int:

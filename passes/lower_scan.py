@@ -1,0 +1,547 @@
+"""LowerScan: a loop over time becomes one kernel that holds the loop.
+
+::
+
+    r = bitwright.scan(cls.body, captured, states, sequences)
+                                                   ->  r = R.call_tir(cls.recurrence, ...)
+
+The body becomes loops inside the kernel; see ``bitwright.targets.kernels.recurrence``. A loop whose
+body no kernel computes stays as it is; behind code generation it becomes a recursion over halves of
+the sequences that calls the body: right for any body, and slower (``passes/scan_recursion.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
+
+from bitwright.errors import UsageError
+from bitwright.passes import ops
+from bitwright.passes.expressions import (
+    Array,
+    CallRewriter,
+    Sizes,
+    as_block,
+    constant,
+    global_variable,
+    node_name,
+    operator,
+    scalar,
+)
+from bitwright.targets.kernels import emit, float_matmul, functions
+from bitwright.targets.kernels.recurrence import Recurrence, Value, kernel, ordered
+
+__all__ = ["RECURRENCE", "LowerScan"]
+
+RECURRENCE = "bitwright.recurrence"
+"""Composite attribute of functions that call a kernel with a time loop."""
+
+Expr = Any
+
+# --------------------------------------------------------------------------- functions of elements
+
+
+def _function(name: str, of_libm: Callable[[Expr], Expr]) -> Callable[[Expr, int], Expr]:
+    """A vector function for float32, LLVM's for other types."""
+
+    def function(x: Expr, lanes: int) -> Expr:
+        single = str(x.ty.dtype).startswith("float32")
+        return getattr(functions, name)(x, lanes) if single else of_libm(x)
+
+    return function
+
+
+def _relu(x: Expr, lanes: int) -> Expr:
+    return T.max(x, emit.constant(0, _element(x), lanes))
+
+
+def _element(x: Expr) -> str:
+    return str(x.ty.dtype).partition("x")[0]
+
+
+def _one(x: Expr, lanes: int) -> Expr:
+    return emit.constant(1, _element(x), lanes)
+
+
+def _sign(x: Expr, lanes: int) -> Expr:
+    zero, one = emit.constant(0, _element(x), lanes), _one(x, lanes)
+    return T.Select(x > zero, one, T.Select(x < zero, zero - one, x))
+
+
+_UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
+    "abs": (lambda x, _: T.abs(x), 1),
+    "ceil": (lambda x, _: T.ceil(x), 1),
+    "cos": (lambda x, _: T.cos(x), 20),
+    "erf": (_function("erf", T.erf), 20),
+    "exp": (_function("exp", T.exp), 10),
+    "floor": (lambda x, _: T.floor(x), 1),
+    "log": (_function("log", T.log), 10),
+    "logical_not": (lambda x, _: T.Not(x), 1),
+    "negative": (lambda x, lanes: emit.constant(0, _element(x), lanes) - x, 1),
+    "nn.relu": (_relu, 1),
+    "nn.silu": (lambda x, lanes: x * _sigmoid(x, lanes), 12),
+    "nn.softplus": (_function("softplus", lambda x: T.log(T.exp(x) + 1)), 20),
+    "round": (lambda x, _: T.nearbyint(x), 1),
+    "rsqrt": (lambda x, lanes: _one(x, lanes) / T.sqrt(x), 5),
+    "sigmoid": (lambda x, lanes: _sigmoid(x, lanes), 10),
+    "sign": (_sign, 1),
+    "sin": (lambda x, _: T.sin(x), 20),
+    "sqrt": (lambda x, _: T.sqrt(x), 5),
+    "square": (lambda x, _: x * x, 1),
+    "tanh": (_function("tanh", T.tanh), 10),
+}
+
+_sigmoid = _function("sigmoid", T.sigmoid)
+
+_BINARY: dict[str, tuple[Callable[..., Expr], int]] = {
+    "add": (lambda a, b, _: a + b, 1),
+    "divide": (lambda a, b, _: _divide(a, b), 2),
+    "equal": (lambda a, b, _: a == b, 1),
+    "greater": (lambda a, b, _: a > b, 1),
+    "greater_equal": (lambda a, b, _: a >= b, 1),
+    "less": (lambda a, b, _: a < b, 1),
+    "less_equal": (lambda a, b, _: a <= b, 1),
+    "logical_and": (lambda a, b, lanes: T.Select(a, b, _false(lanes)), 1),
+    "logical_or": (lambda a, b, lanes: T.Select(a, _true(lanes), b), 1),
+    "maximum": (lambda a, b, _: T.max(a, b), 1),
+    "minimum": (lambda a, b, _: T.min(a, b), 1),
+    "multiply": (lambda a, b, _: a * b, 1),
+    "not_equal": (lambda a, b, _: a != b, 1),
+    "power": (lambda a, b, _: T.pow(a, b), 20),
+    "subtract": (lambda a, b, _: a - b, 1),
+}
+
+
+def _false(lanes: int) -> Expr:
+    return emit.broadcast(tirx.const(False, "bool"), lanes)
+
+
+def _true(lanes: int) -> Expr:
+    return emit.broadcast(tirx.const(True, "bool"), lanes)
+
+
+def _divide(a: Expr, b: Expr) -> Expr:
+    return a / b if str(a.ty.dtype).startswith("float") else T.truncdiv(a, b)
+
+
+def _cast(dtype: str) -> Callable[..., Expr]:
+    def function(x: Expr, lanes: int) -> Expr:
+        return emit.cast(x, dtype, lanes)
+
+    return function
+
+
+# --------------------------------------------------------------------------- reading a body
+
+
+class _OtherForm(Exception):  # noqa: N818 - no failure
+    """The body is not of the form that a kernel computes."""
+
+
+class _Reader:
+    """Reads the body of a scan."""
+
+    def __init__(self, body: Any, captured: Sequence[Any], states: int) -> None:
+        self._body = body
+        self._sizes: dict[Any, Any] = {}
+        self._values: dict[Any, Any] = {}  # a list of values for a tuple
+        self._known: dict[Value, Array] = {}
+        self.arguments: dict[Value, Any] = {}
+        self._weights: dict[Value, Value] = {}
+        parameters = list(body.params)
+        for parameter, argument in zip(parameters, captured, strict=False):
+            array = constant(argument)
+            if array is not None:
+                self._values[parameter] = self._constant(array)
+            else:
+                value = Value("captured", self._shape(parameter), self._dtype(parameter))
+                self._values[parameter] = value
+                self.arguments[value] = argument
+        del parameters[: len(captured)]
+        self._states = [
+            Value("state", self._shape(entry), self._dtype(entry)) for entry in parameters[:states]
+        ]
+        self._elements = [
+            Value("element", self._shape(entry), self._dtype(entry))
+            for entry in parameters[states:]
+        ]
+        inputs = (*self._states, *self._elements)
+        self._values.update(zip(parameters, inputs, strict=True))
+
+    def read(self) -> Recurrence:
+        """What a step computes."""
+        for block in self._body.body.blocks:
+            for binding in block.bindings:
+                if not isinstance(binding, relax.VarBinding):
+                    raise _OtherForm("it checks shapes")
+                self._values[binding.var] = self._bound(binding.value)
+        result = self._bound(self._body.body.body)
+        count = len(self._states)
+        used = ordered(result)
+        return Recurrence(
+            tuple(value for value in used if value.kind == "captured"),
+            tuple(self._states),
+            tuple(self._elements),
+            tuple(result[:count]),
+            tuple(result[count:]),
+            frozenset(self._weights.values()),
+        )
+
+    def _bound(self, expr: Any) -> Any:
+        if isinstance(expr, relax.Tuple):
+            return [self._value(entry) for entry in expr.fields]
+        if isinstance(expr, relax.TupleGetItem):
+            return self._values[expr.tuple_value][expr.index]
+        if isinstance(expr, relax.Call):
+            return self._call(expr)
+        if isinstance(expr, relax.Var):
+            return self._values[expr]
+        return self._value(expr)
+
+    def _value(self, expr: Any) -> Value:
+        if isinstance(expr, relax.Var):
+            value: Value = self._values[expr]
+            return value
+        array = constant(expr)
+        if array is None:
+            raise _OtherForm(f"it holds {type(expr).__name__}")
+        return self._constant(array)
+
+    def _constant(self, array: Array) -> Value:
+        if array.size == 1:
+            value = Value("constant", (), array.dtype.name, (), array.item())
+            return value if array.ndim == 0 else _reshaped(value, array.shape)
+        value = Value("captured", array.shape, array.dtype.name)
+        self._known[value] = array
+        self.arguments[value] = relax.const(array, array.dtype.name)
+        return value
+
+    def _as_weights(self, value: Value) -> Value | None:
+        """The weights of a product, in the kernel's layout; None if they are computed."""
+        array = self._known.get(value)
+        if array is None or array.dtype != np.float32:
+            return None
+        if value not in self._weights:
+            self._weights[value] = weights = Value("captured", value.shape, value.dtype)
+            self.arguments[weights] = relax.const(float_matmul.pack(array), "float32")
+        return self._weights[value]
+
+    def _shape(self, expr: Any) -> tuple[Any, ...]:
+        shape = expr.ty.shape
+        if shape is None:
+            raise _OtherForm("a shape is not known")
+        return tuple(self._size(dim) for dim in shape)
+
+    def _size(self, dim: Any) -> Any:
+        if isinstance(dim, int):
+            return dim
+        if isinstance(dim, tirx.IntImm):
+            return int(dim.value)
+        if not isinstance(dim, tirx.Var):
+            raise _OtherForm("a size is computed")
+        if dim not in self._sizes:
+            self._sizes[dim] = tirx.Var(dim.name, "int64")
+        return self._sizes[dim]
+
+    @staticmethod
+    def _dtype(expr: Any) -> str:
+        return str(expr.ty.dtype)
+
+    def _map(
+        self, call: Any, function: Callable[..., Expr], cost: int, operands: list[Value]
+    ) -> Value:
+        return Value("map", self._shape(call), self._dtype(call), tuple(operands), function, cost)
+
+    def _call(self, call: Any) -> Any:
+        name = operator(call)
+        if name in ("split", "concat"):
+            return self._parts(call) if name == "split" else self._joined(call)
+        if name == "tuple":
+            raise _OtherForm("it holds a tuple")
+        operands = [
+            self._value(entry) for entry in call.args if isinstance(entry.ty, relax.TensorType)
+        ]
+        if name in _UNARY or name in _BINARY:
+            function, cost = (_UNARY if len(operands) == 1 else _BINARY)[name]
+            return self._map(call, function, cost, operands)
+        rule = getattr(self, "_" + name.replace(".", "_"), None)
+        if rule is None:
+            raise _OtherForm(f"it holds {name or 'a call of a function'}")
+        found: Value = rule(call, *operands)
+        return found
+
+    # -- elements ----------------------------------------------------------------------------------
+
+    def _where(self, call: Any, *operands: Value) -> Value:
+        return self._map(call, lambda c, a, b, _: T.Select(c, a, b), 1, list(operands))
+
+    def _astype(self, call: Any, data: Value) -> Value:
+        return self._map(call, _cast(self._dtype(call)), 0, [data])
+
+    def _clip(self, call: Any, data: Value) -> Value:
+        low, high = (scalar(entry) for entry in call.args[1:])
+
+        def function(x: Expr, lanes: int) -> Expr:
+            dtype = data.dtype
+            return T.min(
+                T.max(x, emit.constant(low, dtype, lanes)), emit.constant(high, dtype, lanes)
+            )
+
+        if low is None or high is None:
+            raise _OtherForm("the bounds of a clip are computed")
+        return self._map(call, function, 1, [data])
+
+    def _nn_leakyrelu(self, call: Any, data: Value) -> Value:
+        slope = float(call.attrs.alpha)
+
+        def function(x: Expr, lanes: int) -> Expr:
+            zero = emit.constant(0, data.dtype, lanes)
+            return T.Select(x < zero, x * emit.constant(slope, data.dtype, lanes), x)
+
+        return self._map(call, function, 1, [data])
+
+    # -- moves -------------------------------------------------------------------------------------
+
+    def _reshape(self, call: Any, data: Value) -> Value:
+        return _reshaped(data, self._shape(call))
+
+    _expand_dims = _squeeze = _flatten = _reshape
+
+    def _permute_dims(self, call: Any, data: Value) -> Value:
+        axes = call.attrs.axes
+        rank = len(data.shape)
+        order = [int(axis) % rank for axis in axes] if axes is not None else range(rank)[::-1]
+        return Value("permute", self._shape(call), data.dtype, (data,), tuple(order))
+
+    def _broadcast_to(self, call: Any, data: Value) -> Value:
+        return Value("broadcast", self._shape(call), data.dtype, (data,))
+
+    def _strided_slice(self, call: Any, data: Value) -> Value:
+        shape = self._shape(call)
+        axes, begins, _, strides = (_integers(entry) for entry in (*call.args[1:], None)[:4])
+        strides = strides or [1] * len(axes)
+        starts, steps = [0] * len(shape), [1] * len(shape)
+        for axis, begin, stride in zip(axes, begins, strides, strict=True):
+            size = data.shape[axis]
+            if not isinstance(size, int):
+                raise _OtherForm("it takes a part of an axis of symbolic size")
+            last = size - 1 if stride < 0 else size
+            starts[axis] = min(max(begin + size if begin < 0 else begin, 0), last)
+            steps[axis] = stride
+        return Value("slice", shape, data.dtype, (data,), (starts, steps))
+
+    def _take(self, call: Any, data: Value, indices: Value) -> Value:
+        array = constant(call.args[1])
+        axis = call.attrs.axis
+        if array is None or axis is None or array.ndim > 1:
+            raise _OtherForm("it takes elements at computed places")
+        axis = int(axis) % len(data.shape)
+        places = array.reshape(-1).tolist()
+        step = places[1] - places[0] if len(places) > 1 else 1
+        size = data.shape[axis]
+        ranged = [places[0] + step * n for n in range(len(places))] == places and step > 0
+        if not ranged or not isinstance(size, int) or not 0 <= places[0] <= places[-1] < size:
+            raise _OtherForm("it takes elements in another order")
+        starts, steps = [0] * len(data.shape), [1] * len(data.shape)
+        starts[axis], steps[axis] = places[0], step
+        shape = list(data.shape)
+        shape[axis] = len(places)
+        part = Value("slice", tuple(shape), data.dtype, (data,), (starts, steps))
+        return part if array.ndim else _reshaped(part, self._shape(call))
+
+    def _parts(self, call: Any) -> list[Value]:
+        data = self._value(call.args[0])
+        axis = int(call.attrs.axis) % len(data.shape)
+        begin = 0
+        parts = []
+        for field in call.ty.fields:
+            shape = tuple(self._size(dim) for dim in field.shape)
+            starts = [begin if place == axis else 0 for place in range(len(shape))]
+            detail = (starts, [1] * len(shape))
+            parts.append(Value("slice", shape, data.dtype, (data,), detail))
+            begin += shape[axis]
+        return parts
+
+    def _joined(self, call: Any) -> Value:
+        fields = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else None
+        operands = (
+            self._values[call.args[0]] if fields is None else [self._value(f) for f in fields]
+        )
+        shape = self._shape(call)
+        axis = int(call.attrs.axis) % len(shape)
+        return Value("concat", shape, self._dtype(call), tuple(operands), axis)  # type: ignore[arg-type]
+
+    # -- sums --------------------------------------------------------------------------------------
+
+    def _reduced(self, call: Any, data: Value, name: str) -> Value:
+        rank = len(data.shape)
+        axes = call.attrs.axis
+        chosen = list(range(rank)) if axes is None else sorted(int(a) % rank for a in axes)
+        kept = tuple(size for axis, size in enumerate(data.shape) if axis not in chosen)
+        result = Value("reduce", kept, data.dtype, (data,), tuple(chosen), name)
+        return _reshaped(result, self._shape(call))
+
+    def _sum(self, call: Any, data: Value) -> Value:
+        return self._reduced(call, data, "sum")
+
+    def _max(self, call: Any, data: Value) -> Value:
+        return self._reduced(call, data, "max")
+
+    def _min(self, call: Any, data: Value) -> Value:
+        return self._reduced(call, data, "min")
+
+    def _prod(self, call: Any, data: Value) -> Value:
+        return self._reduced(call, data, "prod")
+
+    def _mean(self, call: Any, data: Value) -> Value:
+        total = self._reduced(call, data, "sum")
+        sizes = [
+            size
+            for axis, size in enumerate(data.shape)
+            if call.attrs.axis is None
+            or axis in [int(a) % len(data.shape) for a in call.attrs.axis]
+        ]
+        if not all(isinstance(size, int) for size in sizes):
+            raise _OtherForm("it averages over a symbolic size")
+        count = math.prod(sizes)
+
+        def function(x: Expr, lanes: int) -> Expr:
+            return _divide(x, emit.constant(count, data.dtype, lanes))
+
+        return self._map(call, function, 2, [total])
+
+    def _matmul(self, call: Any, left: Value, right: Value) -> Value:
+        shape = self._shape(call)
+        vector = len(left.shape) == 1, len(right.shape) == 1
+        left = _reshaped(left, (1, *left.shape)) if vector[0] else left
+        right = _reshaped(right, (*right.shape, 1)) if vector[1] else right
+        rows, columns = left.shape[-2], right.shape[-1]
+        leading = shape[: len(shape) - (not vector[0]) - (not vector[1])]
+        whole = (*leading, rows, columns)
+        weights = self._as_weights(right)
+        if weights is not None:
+            result = Value("product", whole, left.dtype, (left, weights))
+        else:
+            # Columns and what is summed over are the last two axes.
+            order = [*range(len(right.shape) - 2), len(right.shape) - 1, len(right.shape) - 2]
+            turned = Value(
+                "permute", tuple(right.shape[axis] for axis in order), right.dtype, (right,),
+                tuple(order),
+            )  # fmt: skip
+            one = _reshaped(left, (*left.shape[:-1], 1, left.shape[-1]))
+            other = _reshaped(turned, (*turned.shape[:-2], 1, *turned.shape[-2:]))
+            terms = Value(
+                "map", (*whole, left.shape[-1]), left.dtype, (one, other), lambda a, b, _: a * b, 1
+            )
+            result = Value("reduce", whole, left.dtype, (terms,), (len(whole),), "sum")
+        return _reshaped(result, shape)
+
+
+def _reshaped(value: Value, shape: tuple[Any, ...]) -> Value:
+    same = len(shape) == len(value.shape) and all(
+        a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+        for a, b in zip(shape, value.shape, strict=True)
+    )
+    return value if same else Value("reshape", shape, value.dtype, (value,))
+
+
+def _integers(expr: Any) -> list[int]:
+    """Numbers of a tuple or shape in the IR."""
+    if expr is None:
+        return []
+    entries = getattr(expr, "fields", None) or getattr(expr, "values", None) or []
+    found = [scalar(entry) for entry in entries]
+    if any(entry is None for entry in found):
+        raise _OtherForm("a part of a tensor has computed bounds")
+    return [int(entry) for entry in found if entry is not None]
+
+
+# --------------------------------------------------------------------------- the pass
+
+
+class _Lowering:
+    """Lowers the scans of one module."""
+
+    def __init__(self, mod: Any) -> None:
+        self._mod = mod
+        self.functions: dict[Any, Any] = {}
+
+    def __call__(self, rewriter: CallRewriter, call: Any, var: Any) -> Any:
+        if operator(call) != ops.SCAN:
+            return call
+        body, captured, states, sequences = call.args
+        arguments = [rewriter.value(entry) for entry in captured.fields]
+        arguments = [
+            value if constant(value) is not None else given
+            for value, given in zip(arguments, captured.fields, strict=True)
+        ]
+        reader = _Reader(self._mod[body], arguments, len(states.fields))
+        try:
+            step = reader.read()
+            length = tirx.Var("steps", "int64")
+            primitive = kernel(step, "recurrence", length)
+        except (_OtherForm, UsageError):
+            return call
+        given = [*(reader.arguments[value] for value in step.captured)]
+        given += [*states.fields, *sequences.fields]
+        title = node_name(call) or var.name
+        function = self._function(title, primitive, given, call)
+        return relax.Call(function, given, span=call.span)
+
+    def _function(self, title: str, primitive: Any, given: Sequence[Any], call: Any) -> Any:
+        """A private function that calls the kernel."""
+        name = re.sub(r"\W", "_", title)
+        kernel_variable = self._add(f"{name}_kernel", as_block(primitive))
+        sizes = Sizes()
+        parameters = [
+            relax.Var(f"p{index}", sizes.renewed(entry.ty)) for index, entry in enumerate(given)
+        ]
+        results = [sizes.renewed(field) for field in call.ty.fields]
+        builder = relax.BlockBuilder()
+        attrs = {"Composite": RECURRENCE, "node": title}
+        with builder.function(name, parameters, attrs=attrs, private=True):
+            with builder.dataflow():
+                made = builder.emit(relax.call_tir(kernel_variable, parameters, results))
+                # One result is a tuple all the same.
+                whole = made if len(results) > 1 else relax.Tuple([made])
+                result = builder.emit_output(whole)
+            builder.emit_func_output(result)
+        (function,) = builder.get().functions.values()
+        return self._add(name, function)
+
+    def _add(self, name: str, function: Any) -> Any:
+        taken = {variable.name_hint for variable in self.functions}
+        unique, number = name, 1
+        while unique in taken:
+            number += 1
+            unique = f"{name}_{number}"
+        variable = global_variable(unique, function)
+        self.functions[variable] = function
+        return variable
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerScan")
+class LowerScan:
+    """Make kernels of loops over time; see the module's docstring.
+
+    Requires: loops as calls of ``bitwright.scan``. Ensures: a loop that a kernel computes is a call
+    of a private function with the attributes ``Composite`` (``bitwright.recurrence``) and ``node``
+    (the ONNX node), whose body calls the kernel.
+    """
+
+    def transform_module(self, mod: Any, _context: Any) -> Any:
+        """Rewrite every Relax function."""
+        lowering = _Lowering(mod)
+        for variable, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                mod[variable] = CallRewriter(mod, lowering).visit_expr(function)
+        for variable, function in lowering.functions.items():
+            mod[variable] = function
+        return relax.transform.DeadCodeElimination()(mod)
