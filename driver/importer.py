@@ -623,6 +623,10 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         """Outputs of an If; each branch computes what it needs."""
         condition = node.inputs[0]
         assert condition is not None
+        known = self.constant(condition)
+        if known is not None:
+            branch = "then_branch" if known.any() else "else_branch"
+            return self.run_body(node.attributes[branch].as_graph(), ())
         flag = self.expr(condition)
         if flag.ty.ndim != 0:
             flag = self.bb.emit(relax.op.reshape(flag, []))
@@ -714,9 +718,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         kept = self.__dict__.copy()
         self.bb = _Builder()
         self._exprs = dict(zip(captured, parameters, strict=False))
-        self._integers = {
-            value: known for value, known in self._integers.items() if _numbers(*known.flat)
-        }
+        renewed = {value: _renewed(known, sizes) for value, known in self._integers.items()}
+        self._integers = {value: known for value, known in renewed.items() if known is not None}
         self._folded, self._stored, self._indices = dict(self._folded), dict(self._stored), {}
         self._sizes = {
             name: sizes.variable(size)
@@ -728,19 +731,20 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         branches = any(inner.op_type == "If" for inner in _all_nodes(_body(node)))
         try:
             with self.bb.function("body", parameters, private=True):
-                with contextlib.nullcontext() if branches else self.bb.dataflow():
-                    results = step(list(states), list(elements))
-                    known = self._states(states, results)
-                    for number, new in enumerate(results[count:], count):
-                        # An output that is a state has its type.
-                        matches = [n for n in range(count) if results[n].same_as(new)]
-                        results[number] = known[matches[0]] if matches else new
-                    results[:count] = known
-                    result = (
-                        self.bb.emit(relax.Tuple(results))
-                        if branches
-                        else (self.bb.emit_output(relax.Tuple(results)))
-                    )
+                try:
+                    with contextlib.nullcontext() if branches else self.bb.dataflow():
+                        results = step(list(states), list(elements))
+                        known = self._states(states, results)
+                        for number, new in enumerate(results[count:], count):
+                            # An output that is a state has its type.
+                            matches = [n for n in range(count) if results[n].same_as(new)]
+                            results[number] = known[matches[0]] if matches else new
+                        results[:count] = known
+                        whole = relax.Tuple(results)
+                        result = self.bb.emit(whole) if branches else self.bb.emit_output(whole)
+                except BaseException:
+                    self.bb._end_block()  # else TVM complains on stderr
+                    raise
                 self.bb.emit_func_output(result)
             (function,) = self.bb.get().functions.values()
         finally:
@@ -774,7 +778,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         """Convert a body; return the values of its outputs."""
         self._exprs.update(zip(graph.inputs, inputs, strict=True))
         for node in graph:
-            self._node(node)
+            # Constants that are outputs of a body stay nodes when a model is loaded.
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is None:
+                self._node(node)
+            else:
+                self.fold(node.outputs[0], _storage(tensor.numpy()))
         self.bb.start("")
         return [self.expr(value) for value in graph.outputs]
 
@@ -841,6 +850,21 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
 
 def _body(node: ir.Node) -> ir.Graph:
     return node.attributes["body"].as_graph()
+
+
+def _renewed(integers: Array, sizes: Sizes) -> Array | None:
+    """Integers in the size variables of a body; None where it has no such variables."""
+    variables = {old: new for old, new in sizes.known if isinstance(old, tirx.Var)}
+    analyzer = sym.Analyzer()  # which puts variables in the place of others
+    for old, new in variables.items():
+        analyzer.bind(old, new)
+    result = np.empty(integers.shape, object)
+    for index, entry in np.ndenumerate(integers):
+        known = isinstance(entry, int)
+        if not known and not set(tirx.analysis.undefined_vars(entry)) <= variables.keys():
+            return None
+        result[index] = entry if known else analyzer.simplify(entry)
+    return result
 
 
 def _is_number(size: Any, number: int) -> bool:
@@ -1603,6 +1627,32 @@ def _slice(importer: _Importer, node: ir.Node) -> Any:
     return expr
 
 
+def _squeeze(importer: _Importer, node: ir.Node) -> Any:
+    """Sizes that are not known to be 1 are checked at run time."""
+    data, given = [*node.inputs, None][:2]
+    assert data is not None
+    axes, sizes = importer.constant(given), importer.known_shape(data)
+    if sizes is None or (given is not None and axes is None):
+        return importer.by_tvm(node)
+    expr = importer.expr(data)
+    if axes is not None:
+        chosen = sorted({int(axis) % len(sizes) for axis in axes.reshape(-1)})
+    else:
+        chosen = [axis for axis, size in enumerate(sizes) if _is_number(size, 1)]
+        free = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
+        shape = node.outputs[0].shape
+        left = len(sizes) - len(chosen) - (0 if shape is None else len(shape))
+        if free and (shape is None or left not in (0, len(free))):
+            raise ValueError(
+                "it removes all axes of size 1, and has symbolic sizes: fix them with --input-shape"
+            )
+        chosen = sorted(chosen + free) if free and left else chosen
+    if any(not isinstance(sizes[axis], int) for axis in chosen):
+        sizes = [1 if axis in chosen else size for axis, size in enumerate(sizes)]
+        expr = importer.bb.match_cast(expr, relax.TensorType(sizes, expr.ty.dtype))
+    return relax.op.squeeze(expr, chosen)
+
+
 def _split(importer: _Importer, node: ir.Node) -> list[_Expr]:
     data = node.inputs[0]
     assert data is not None
@@ -1714,7 +1764,7 @@ def _loop(importer: _Importer, node: ir.Node) -> list[_Expr]:
         for value in _all_inputs(node)[(trips is not None) + (condition is not None) :]
     ]
     bound = importer.constant(trips)
-    if trips is None or (bound is not None and bound.item() > _LARGEST_SIZE):
+    if trips is None or (bound is not None and bound.item() >= _LAST):
         raise ValueError("it is a loop without a bound: give it a trip count")
     numbers = _iterations(importer, trips)
     known = None if condition is None else importer.constant(condition)
@@ -1733,11 +1783,13 @@ def _loop(importer: _Importer, node: ir.Node) -> list[_Expr]:
         *before, running, done = old
         further, *results = importer.run_body(graph, [elements[0], running, *before])
         emit = importer.bb.emit
-        for index, previous in enumerate(before):
-            new = results[index]
-            kept = emit(relax.op.where(running, new, previous))
-            # An output that is the state is cut off where the state stays.
-            results = [kept if entry.same_as(new) else entry for entry in results]
+        news = results[: len(before)]
+        kept = [emit(relax.op.where(running, *pair)) for pair in zip(news, before, strict=True)]
+        for index, entry in enumerate(results[len(before) :], len(before)):
+            # An output that is a new state is cut off where the state stays.
+            same = [kept[number] for number, new in enumerate(news) if entry.same_as(new)]
+            results[index] = same[0] if same else entry
+        results[: len(before)] = kept
         further = emit(relax.op.logical_and(running, relax.op.reshape(further, [])))
         done = emit(relax.op.add(done, relax.op.astype(running, "int64")))
         results[len(before) : len(before)] = [further, done]
@@ -1768,7 +1820,10 @@ def _iterations(importer: _Importer, trips: ir.Value) -> _Expr:
     known = importer.integers(trips)
     if known is not None:
         count = known.item()
-        count = max(count, 0) if isinstance(count, int) else count
+        if isinstance(count, int):
+            count = max(count, 0)
+        elif importer.analyzer.const_int_bound(count).min_value < 0:
+            count = tirx.max(count, tirx.const(0, "int64"))
     else:
         vector = relax.op.reshape(importer.expr(trips), [1])
         positive = importer.bb.emit(relax.op.maximum(vector, relax.const(0, "int64")))
@@ -1917,6 +1972,7 @@ _SYMBOLIC: Final[dict[str, _Symbolic]] = {
     "Max": _elementwise(lambda _, a, b: max(a, b) if _numbers(a, b) else tirx.max(a, b)),
     "Min": _elementwise(lambda _, a, b: min(a, b) if _numbers(a, b) else tirx.min(a, b)),
     "Mul": _elementwise(lambda _, a, b: a * b),
+    "Not": _elementwise(lambda _, a: not a if isinstance(a, bool) else None),
     "Range": _with_integers(_symbolic_range),
     "ReduceProd": _with_integers(_symbolic_product),
     "Reshape": _with_integers(_symbolic_reshape),
@@ -1979,6 +2035,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,
     "Split": _split,
+    "Squeeze": _squeeze,
     "Sub": _binary(relax.op.subtract),
     "Swish": _swish,
     "Tile": _tile,

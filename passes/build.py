@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from bitwright.errors import BitwrightError, RunError, first_line
 from bitwright.passes import scan_recursion
@@ -26,6 +27,7 @@ from bitwright.passes.expressions import (
     is_move,
     node_name,
     operator,
+    scans,
     static_shape,
 )
 from bitwright.passes.ops import SCAN
@@ -177,7 +179,10 @@ def build(
         dump_ir.mkdir(exist_ok=True)
         _dump(dump_ir / "0-import.txt", module)
     layers: tuple[CompiledLayer, ...] = ()
+    host_operators: tuple[HostOperator, ...] = ()
     for name, step in steps.items():
+        if name == "lower-scan":  # from here on, floats become kernels
+            host_operators = _host_operators(module)
         if name == "pack-weights":  # which lets equal layers share a function
             layers = _layers(module, kernels=step.kernels)
         if progress is not None:
@@ -188,7 +193,11 @@ def build(
         reports.append(_report(name, dict(pipeline.options[name]), seconds, module))
         if dump_ir is not None:
             _dump(dump_ir / f"{len(reports)}-{name}.txt", module)
-    host_operators = _host_operators(module)
+    left = {node_name(call) for call in scans(module)}
+    host_operators = tuple(
+        replace(entry, reason=_NO_KERNEL) if entry.name in left else entry
+        for entry in host_operators
+    )
     if progress is not None:
         progress("code generation")
     entry = module["main"]
@@ -202,7 +211,8 @@ def build(
     # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
     disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
     # Functions that are no entries would keep their calls of what the kernels replace.
-    generate = relax.transform.RunCodegen(options, ["main", *_scan_bodies(module)])
+    bodies = sorted({call.args[0].name_hint for call in scans(module)})
+    generate = relax.transform.RunCodegen(options, ["main", *bodies])
     module = _run("code generation", generate, module)
     # Behind code generation, which follows calls without end.
     module = _run("code generation", scan_recursion.lower, module)
@@ -210,17 +220,28 @@ def build(
     module = _run("code generation", tvm.transform.Sequential(lift), module)
     host = tvm.target.Target(target(isa))
     with tvm.transform.PassContext(disabled_pass=disabled):
-        executable = _run("compilation", lambda mod: tvm.compile(mod, target=host), module)
+        executable = _run("compilation", functools.partial(_compile, target=host), module)
     return Built(
         executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name
     )
 
 
-def _scan_bodies(module: Any) -> list[str]:
-    """Names of the functions that loops call for each step."""
-    functions = [function for _, function in _relax_functions(module)]
-    scans = [call for function in functions for call in calls(function) if operator(call) == SCAN]
-    return sorted({call.args[0].name_hint for call in scans})
+@tvm.transform.module_pass(opt_level=0, name="PromiseNoAlias")
+def _promise_no_alias(module: Any, _context: Any) -> Any:
+    """Promise of every primitive function that its buffers do not overlap.
+
+    Those that TVM makes to compute shapes do not, and one such function takes the promise of all
+    others away, whose sums then go through memory.
+    """
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc):
+            module[variable] = function.with_attr("tirx.noalias", True)
+    return module
+
+
+def _compile(module: Any, target: Any) -> Any:
+    steps = [relax.get_pipeline("default"), _promise_no_alias]
+    return tvm.compile(module, target=target, relax_pipeline=tvm.transform.Sequential(steps))
 
 
 def _dump(path: Path, module: Any) -> None:
@@ -246,12 +267,14 @@ def _relax_functions(module: Any) -> list[tuple[str, Any]]:
 
 
 def _is_float(expr: Any) -> bool:
-    return isinstance(expr.ty, relax.TensorType) and str(expr.ty.dtype).startswith("float")
+    kinds = expr.ty.fields if isinstance(expr.ty, relax.TupleType) else [expr.ty]
+    tensors = [kind for kind in kinds if isinstance(kind, relax.TensorType)]
+    return any(str(kind.dtype).startswith("float") for kind in tensors)
 
 
 # They carry values or change their type.
 _CARRIERS = frozenset(
-    "astype bitwright.scan bitwright.unpack call_tir concat dequantize quantize split take".split()
+    "astype bitwright.unpack call_tir concat dequantize quantize split take".split()
 )
 
 
@@ -262,6 +285,8 @@ def _computes(call: Any) -> bool:
 def _computes_floats(call: Any) -> bool:
     operands = [entry for entry in call.args if isinstance(entry.ty, relax.TensorType)]
     rescaled = operator(call) == "bitwright.requantize"  # integers in, integers out
+    if operator(call) == "call_tir":  # a kernel of floats, or weights brought into their layout
+        return _is_float(call)
     return _computes(call) and not rescaled and any(map(_is_float, [call, *operands]))
 
 
@@ -271,8 +296,10 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
         for call in calls(function):
             if operator(call) in ("quantize", "dequantize"):
                 count["quantizers"] += 1
+            elif _computes_floats(call):
+                count["float"] += 1
             elif _computes(call):
-                count["float" if _computes_floats(call) else "integer"] += 1
+                count["integer"] += 1
         count["layers"] += is_layer(function)
     main = module["main"].attrs
     return PassReport(
@@ -331,13 +358,19 @@ def _host_operators(module: Any) -> tuple[HostOperator, ...]:
     for call in filter(_computes_floats, calls(main)):
         name = operator(call)
         title = node_name(call) or names.get(call, name)
-        found.setdefault(title, HostOperator(title, name.removeprefix("nn."), _reason(call)))
+        short = name.removeprefix("nn.").removeprefix("bitwright.")
+        found.setdefault(title, HostOperator(title, short, _reason(call)))
     return tuple(found.values())
+
+
+_NO_KERNEL = "recurrent: its body is called for each step, as no kernel computes it"
 
 
 def _reason(call: Any) -> str:
     """Why an operator stays float."""
     name = operator(call)
+    if name == SCAN:
+        return "recurrent: a kernel with the loop over time inside"
     if name in LAYER_OPERATORS:
         return "its operands are not both quantized"
     if name in ("mean", "sum") or name.startswith("nn.avg_pool"):

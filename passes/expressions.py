@@ -14,6 +14,7 @@ from tvm import relax, s_tir, tirx
 from tvm.ir import GenericConst, Op, SourceName, Span
 
 from bitwright import errors
+from bitwright.passes.ops import SCAN
 from bitwright.quant.observers import TensorQuantization
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "quantizer",
     "rewriting",
     "scalar",
+    "scans",
     "static_shape",
     "with_span",
 ]
@@ -377,6 +379,12 @@ def calls(function: Any) -> list[Any]:
 
     relax.analysis.post_order_visit(function, visit)
     return found
+
+
+def scans(mod: Any) -> list[Any]:
+    """All loops over time of a module, those of bodies too."""
+    functions = [f for f in mod.functions.values() if isinstance(f, relax.Function)]
+    return [call for function in functions for call in calls(function) if operator(call) == SCAN]
 
 
 def has_branches(mod: Any) -> bool:

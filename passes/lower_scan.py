@@ -75,6 +75,8 @@ def _sign(x: Expr, lanes: int) -> Expr:
     return T.Select(x > zero, one, T.Select(x < zero, zero - one, x))
 
 
+_sigmoid = _function("sigmoid", T.sigmoid)
+
 _UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "abs": (lambda x, _: T.abs(x), 1),
     "ceil": (lambda x, _: T.ceil(x), 1),
@@ -82,6 +84,9 @@ _UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "erf": (_function("erf", T.erf), 20),
     "exp": (_function("exp", T.exp), 10),
     "floor": (lambda x, _: T.floor(x), 1),
+    "isfinite": (lambda x, lanes: T.abs(x) < emit.constant(math.inf, _element(x), lanes), 1),
+    "isinf": (lambda x, lanes: T.abs(x) >= emit.constant(math.inf, _element(x), lanes), 1),
+    "isnan": (lambda x, _: x != x, 1),
     "log": (_function("log", T.log), 10),
     "logical_not": (lambda x, _: T.Not(x), 1),
     "negative": (lambda x, lanes: emit.constant(0, _element(x), lanes) - x, 1),
@@ -90,7 +95,7 @@ _UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "nn.softplus": (_function("softplus", lambda x: T.log(T.exp(x) + 1)), 20),
     "round": (lambda x, _: T.nearbyint(x), 1),
     "rsqrt": (lambda x, lanes: _one(x, lanes) / T.sqrt(x), 5),
-    "sigmoid": (lambda x, lanes: _sigmoid(x, lanes), 10),
+    "sigmoid": (_sigmoid, 10),
     "sign": (_sign, 1),
     "sin": (lambda x, _: T.sin(x), 20),
     "sqrt": (lambda x, _: T.sqrt(x), 5),
@@ -98,18 +103,18 @@ _UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "tanh": (_function("tanh", T.tanh), 10),
 }
 
-_sigmoid = _function("sigmoid", T.sigmoid)
-
 _BINARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "add": (lambda a, b, _: a + b, 1),
     "divide": (lambda a, b, _: _divide(a, b), 2),
     "equal": (lambda a, b, _: a == b, 1),
+    "floor_mod": (lambda a, b, _: _floor_mod(a, b), 3),
     "greater": (lambda a, b, _: a > b, 1),
     "greater_equal": (lambda a, b, _: a >= b, 1),
     "less": (lambda a, b, _: a < b, 1),
     "less_equal": (lambda a, b, _: a <= b, 1),
     "logical_and": (lambda a, b, lanes: T.Select(a, b, _false(lanes)), 1),
     "logical_or": (lambda a, b, lanes: T.Select(a, _true(lanes), b), 1),
+    "logical_xor": (lambda a, b, _: T.Select(a, T.Not(b), b), 1),
     "maximum": (lambda a, b, _: T.max(a, b), 1),
     "minimum": (lambda a, b, _: T.min(a, b), 1),
     "multiply": (lambda a, b, _: a * b, 1),
@@ -131,9 +136,17 @@ def _divide(a: Expr, b: Expr) -> Expr:
     return a / b if str(a.ty.dtype).startswith("float") else T.truncdiv(a, b)
 
 
-def _cast(dtype: str) -> Callable[..., Expr]:
+def _floor_mod(a: Expr, b: Expr) -> Expr:
+    return a - T.floor(a / b) * b if str(a.ty.dtype).startswith("float") else T.floormod(a, b)
+
+
+def _cast(before: str, after: str) -> Callable[..., Expr]:
     def function(x: Expr, lanes: int) -> Expr:
-        return emit.cast(x, dtype, lanes)
+        if before == "bool":  # TVM cannot analyse conversions of vectors of truth values
+            return T.Select(x, *(emit.constant(value, after, lanes) for value in (1, 0)))
+        if after == "bool":
+            return x != emit.constant(0, before, lanes)
+        return emit.cast(x, after, lanes)
 
     return function
 
@@ -155,6 +168,7 @@ class _Reader:
         self._known: dict[Value, Array] = {}
         self.arguments: dict[Value, Any] = {}
         self._weights: dict[Value, Value] = {}
+        self._stacks: dict[Value, tuple[int, list[Value]]] = {}  # axis, and what is stacked
         parameters = list(body.params)
         for parameter, argument in zip(parameters, captured, strict=False):
             array = constant(argument)
@@ -261,8 +275,10 @@ class _Reader:
 
     def _call(self, call: Any) -> Any:
         name = operator(call)
-        if name in ("split", "concat"):
-            return self._parts(call) if name == "split" else self._joined(call)
+        if name == "split":
+            return self._parts(call)
+        if name in ("concat", "stack"):
+            return self._joined(call) if name == "concat" else self._stacked(call)
         if name == "tuple":
             raise _OtherForm("it holds a tuple")
         operands = [
@@ -283,19 +299,18 @@ class _Reader:
         return self._map(call, lambda c, a, b, _: T.Select(c, a, b), 1, list(operands))
 
     def _astype(self, call: Any, data: Value) -> Value:
-        return self._map(call, _cast(self._dtype(call)), 0, [data])
+        return self._map(call, _cast(data.dtype, self._dtype(call)), 0, [data])
 
     def _clip(self, call: Any, data: Value) -> Value:
         low, high = (scalar(entry) for entry in call.args[1:])
-
-        def function(x: Expr, lanes: int) -> Expr:
-            dtype = data.dtype
-            return T.min(
-                T.max(x, emit.constant(low, dtype, lanes)), emit.constant(high, dtype, lanes)
-            )
-
         if low is None or high is None:
             raise _OtherForm("the bounds of a clip are computed")
+        bounds = float(low), float(high)
+
+        def function(x: Expr, lanes: int) -> Expr:
+            least, most = (emit.constant(bound, data.dtype, lanes) for bound in bounds)
+            return T.min(T.max(x, least), most)
+
         return self._map(call, function, 1, [data])
 
     def _nn_leakyrelu(self, call: Any, data: Value) -> Value:
@@ -369,14 +384,27 @@ class _Reader:
             begin += shape[axis]
         return parts
 
+    def _fields(self, expr: Any) -> list[Value]:
+        if isinstance(expr, relax.Tuple):
+            return [self._value(field) for field in expr.fields]
+        fields: list[Value] = self._values[expr]
+        return fields
+
+    def _stacked(self, call: Any) -> Value:
+        shape = self._shape(call)
+        axis = int(call.attrs.axis or 0) % len(shape)
+        entry = (*shape[:axis], 1, *shape[axis + 1 :])
+        fields = self._fields(call.args[0])
+        operands = tuple(_reshaped(field, entry) for field in fields)
+        result = Value("concat", shape, self._dtype(call), operands, axis)
+        self._stacks[result] = axis, fields
+        return result
+
     def _joined(self, call: Any) -> Value:
-        fields = call.args[0].fields if isinstance(call.args[0], relax.Tuple) else None
-        operands = (
-            self._values[call.args[0]] if fields is None else [self._value(f) for f in fields]
-        )
+        operands = self._fields(call.args[0])
         shape = self._shape(call)
         axis = int(call.attrs.axis) % len(shape)
-        return Value("concat", shape, self._dtype(call), tuple(operands), axis)  # type: ignore[arg-type]
+        return Value("concat", shape, self._dtype(call), tuple(operands), axis)
 
     # -- sums --------------------------------------------------------------------------------------
 
@@ -385,7 +413,14 @@ class _Reader:
         axes = call.attrs.axis
         chosen = list(range(rank)) if axes is None else sorted(int(a) % rank for a in axes)
         kept = tuple(size for axis, size in enumerate(data.shape) if axis not in chosen)
-        result = Value("reduce", kept, data.dtype, (data,), tuple(chosen), name)
+        axis, fields = self._stacks.get(data, (None, []))
+        if name in ("max", "min") and chosen == [axis]:  # ONNX's Max and Min, as TVM imports them
+            result = fields[0]
+            for entry in fields[1:]:
+                function, cost = _BINARY[name + "imum"]
+                result = Value("map", kept, data.dtype, (result, entry), function, cost)
+        else:
+            result = Value("reduce", kept, data.dtype, (data,), tuple(chosen), name)
         return _reshaped(result, self._shape(call))
 
     def _sum(self, call: Any, data: Value) -> Value:

@@ -35,6 +35,7 @@ from bitwright.passes.expressions import (
     quantizer,
     rewriting,
     scalar,
+    scans,
 )
 from bitwright.vocabulary import Precision
 
@@ -173,13 +174,16 @@ class PartitionForTarget:
         self.target = target
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
-        """Outline the layers of every Relax function that is no composite itself."""
+        """Outline the layers of every Relax function but composites and bodies of loops."""
         return rewriting(self._rewrite)(mod)
 
     def _rewrite(self, mod: Any) -> Any:
         precisions = mod.get_attr(PRECISIONS) or {}
         found: dict[str, Precision] = {}
+        bodies = {call.args[0].name_hint for call in scans(mod)}
         for variable, function in mod.functions_items():
+            if variable.name_hint in bodies:  # the loop around it becomes a kernel
+                continue
             if isinstance(function, relax.Function) and "Composite" not in (function.attrs or {}):
                 graph = _Graph(function)
                 ends: dict[Any, Any] = {}

@@ -20,7 +20,7 @@ _PASSES = {
     "partition-for-target": "partition_for_target:PartitionForTarget",
     "lower-to-integer": "lower_to_integer:LowerToInteger",
     "lower-scan": "lower_scan:LowerScan",
-    "schedule-products": "schedule_products:ScheduleProducts",
+    "schedule-floats": "schedule_floats:ScheduleFloats",
     "pack-weights": "pack_weights:PackWeights",
 }
 

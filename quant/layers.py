@@ -171,7 +171,7 @@ def _reason(node: ir.Node) -> str:
             return "its left operand is constant, its weights are computed"
         return "its weights are computed, not constant"
     if node.op_type in _RECURRENT:
-        return "recurrent: its matrices stay float"
+        return "recurrent: its steps stay float"
     if node.op_type in _OTHER_PRODUCTS:
         return f"{node.op_type} is not lowered to integers: its weights stay float"
     if any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()):

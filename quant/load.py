@@ -530,9 +530,9 @@ def _normalize(
     if model.opset_imports[""] < MIN_OPSET:
         model = convert_opset(model, MIN_OPSET, where)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    decompose(model, where)
     _fix_input_shapes(model, input_shapes, where)
-    if _fold_constants(model):  # amounts of a Pad, say, that were computed
+    changed = _fold_constants(model)  # amounts of a Pad, say, that were computed
+    if decompose(model, where) or changed:
         _infer_shapes(model, where)
     RemoveUnusedNodesPass()(model)
     _check_convolutions(model, where)

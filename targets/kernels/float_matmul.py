@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from typing import Any
 
@@ -122,9 +123,10 @@ def _emit(leading: Sequence[int | None], depth: int, columns: int, bias: bool) -
         block = emit.bind(task // column_blocks)
         first, end = (emit.bind(number * groups // row_blocks) for number in (block, block + 1))
         # The groups of all tasks differ by no more than a row.
-        row = _opaque(first * rows // groups)
-        row_count = _opaque(end * rows // groups - row)
-        parts = _split(row_count, _opaque(end - first), counts)
+        numbers = _Numbers()
+        row = numbers.keep(first * rows // groups)
+        row_count = numbers.keep(end * rows // groups - row)
+        parts = _split(numbers, row_count, numbers.keep(end - first), counts)
         tile = emit.bind(task % column_blocks * most_tiles)
         product.block(row, parts, tile, emit.lesser(tiles - tile, most_tiles), _BLOCK_DEPTH)
 
@@ -181,7 +183,7 @@ def emit_product(
         Rows(out, out_offset, out_stride),
         start,
     )
-    parts = _split(rows, _groups(rows), _counts(rows, max_rows))
+    parts = _split(_Numbers(), rows, _groups(rows), _counts(rows, max_rows))
     # A single group would not come back to the weights in the first-level cache.
     most_depth = depth if max_rows <= _MOST_ROWS else _BLOCK_DEPTH
     product.block(0, parts, 0, ceil_div(columns, WIDTH), most_depth)
@@ -212,29 +214,36 @@ def _counts(rows: Expr, max_rows: int) -> list[int]:
     return sorted({rows // groups, ceil_div(rows, groups)} - {0})
 
 
-def _split(rows: Expr, groups: Expr, counts: Sequence[int]) -> list[_Part]:
+def _split(numbers: _Numbers, rows: Expr, groups: Expr, counts: Sequence[int]) -> list[_Part]:
     """Cut rows into groups that differ by no more than a row, the larger ones first."""
-    small, larger = _opaque(rows // groups), _opaque(rows % groups)
+    small, larger = numbers.keep(rows // groups), numbers.keep(rows % groups)
     if isinstance(rows, int):
         parts = [_Part(small + 1, 0, larger), _Part(small, larger * (small + 1), groups - larger)]
         return [part for part in parts if part.rows and part.number]
     none = emit.index(0)
     parts = []
-    for count in counts:
-        is_small, is_large = small == count, small + 1 == count
-        begin = T.Select(is_small, larger * (count + 1), none)
+    for size in counts:
+        is_small, is_large = small == size, small + 1 == size
+        begin = T.Select(is_small, larger * (size + 1), none)
         number = T.Select(is_small, groups - larger, T.Select(is_large, larger, none))
-        parts.append(_Part(count, _opaque(begin), _opaque(number)))
+        parts.append(_Part(size, numbers.keep(begin), numbers.keep(number)))
     return parts
 
 
-def _opaque(value: Expr) -> Expr:
-    """Compute a number once, hidden from TVM: its analysis takes minutes over nested quotients."""
-    if isinstance(value, int):
-        return value
-    memory = emit.allocate(1, "int64", registers=True)
-    emit.store(memory, 0, value, 1)
-    return emit.bind(emit.load(memory, 0, 1))
+class _Numbers:
+    """Computes numbers once, in memory: TVM's analysis takes minutes over nested quotients."""
+
+    def __init__(self) -> None:
+        self._memory = emit.allocate(16, "int64", registers=True)
+        self._places = count()
+
+    def keep(self, value: Expr) -> Expr:
+        """Compute a number."""
+        if isinstance(value, int):
+            return value
+        place = next(self._places)
+        emit.store(self._memory, place, value, 1)
+        return emit.bind(emit.load(self._memory, place, 1))
 
 
 # --------------------------------------------------------------------------- arithmetic

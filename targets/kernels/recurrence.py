@@ -43,9 +43,10 @@ Kind: TypeAlias = Literal[
 ]
 
 _LANES = 8
-_LINE = 64  # channels that a task takes at most: their elements fill whole cache lines
-_ROWS = 4  # of a batch, that share the reading of a recurrent matrix
-_MAX_LOCAL = 1 << 20  # bytes of state and intermediate results of a task
+_NEAR = 1 << 14  # bytes of its channels' states that a task keeps in the first cache, about
+_ROWS = 12  # of a batch, that share the reading of a recurrent matrix
+_FEWER_ROWS = 8  # where there are more of them than two tasks can take
+_MAX_LOCAL = 1 << 22  # bytes of state and intermediate results of a task
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +211,12 @@ class _Axes:
         elif value.kind in ("slice", "concat"):
             for operand in value.operands:
                 for axis in range(rank):
-                    if same(operand.shape[axis], value.shape[axis]) and (
-                        value.kind == "slice" or axis != value.detail
-                    ):
+                    whole = (
+                        value.detail[1][axis] == 1  # a stride of -1 turns the axis round
+                        if value.kind == "slice"
+                        else axis != value.detail
+                    )
+                    if whole and same(operand.shape[axis], value.shape[axis]):
                         self._join((operand, axis), (value, axis))
                     else:
                         self._mix(operand, axis)
@@ -526,7 +530,7 @@ class _Emitter:
                 return terms[0]
             result = value.detail(*terms, lanes)
             # TVM cannot bind vectors of truth values.
-            return result if value.dtype == "bool" and lanes > 1 else emit.bind(result)
+            return result if value.dtype == "bool" else _computed(result, value.dtype, lanes)
         (operand,) = value.operands
         if value.kind == "permute":
             places = [indices[list(value.detail).index(axis)] for axis in range(len(indices))]
@@ -787,8 +791,7 @@ class _Emitter:
 
     def _check_memory(self) -> None:
         values = [*self.stored, *self.step.states]
-        groups = _LINE // _LANES
-        if groups * sum(8 * self._local_size(value) for value in values) > _MAX_LOCAL:
+        if sum(8 * self._local_size(value) for value in values) > _MAX_LOCAL:
             raise UsageError("its state takes too much memory for a kernel")
 
     def _blocks(self) -> tuple[Expr, Callable[[Expr], None]]:
@@ -796,7 +799,11 @@ class _Emitter:
         if self.across is not None:
             size, lanes = int(self.parallel[self.across]), self.lanes
             groups = ceil_div(size, lanes)
-            most = self._groups = min(_LINE // lanes, max(1, groups // 2))
+            kept = [*self.step.states, *self._laid_out()]
+            near = _NEAR // max(4 * sum(map(self._local_size, kept)), 1)
+            # Two blocks for two cores. The more channels a block has, the longer the parts of
+            # memory that it reads at each step.
+            most = self._groups = max(1, min(groups // 2, near))
 
             def channels(number: Expr) -> None:
                 self._first_group = emit.bind(number * most)
@@ -806,12 +813,13 @@ class _Emitter:
         if self.rows is None:
             return 1, lambda _number: None
         size = self.parallel[self.rows]
-        # Two blocks at least, for two cores, of no more rows than a tile of registers has.
+        # Two blocks for two cores, or many.
         if isinstance(size, int):
-            most = max(1, min((size + 1) // 2, _ROWS))
+            most = ceil_div(size, 2) if size <= 2 * _ROWS else _FEWER_ROWS
             blocks: Any = ceil_div(size, most)
         else:
-            most = T.max(T.min((size + 1) // 2, emit.index(_ROWS)), emit.index(1))
+            half = T.max((size + 1) // 2, emit.index(1))
+            most = emit.bind(T.Select(size <= 2 * _ROWS, half, emit.index(_FEWER_ROWS)))
             blocks = (size + most - 1) // most
 
         def rows(number: Expr) -> None:
@@ -845,6 +853,8 @@ class _Emitter:
         present: Expr = 1 if self.across is None else self._present
         states = [self.local(value, groups) for value in step.states]
         aliases = self._aliases()
+        renewals, saved = self._renewals(aliases)
+        spare = {value: self.local(value) for value in saved}
         kept = self._laid_out()
         kept += [v for v in self.values if v in self.stored and v in self.captured_by]
         constants = {value: self.local(value, groups) for value in kept}
@@ -892,9 +902,12 @@ class _Emitter:
                 self.places[value] = place
             for number, value in enumerate(step.outputs):
                 self._output(value, buffers[f"output_{number}"], time)
-            for old, new in zip(step.states, step.new_states, strict=True):
-                if new is not old and aliases.get(new) is not old:
-                    self._renew(old, new)
+            targets = {old: self.places[old] for old, _ in renewals}
+            for value, place in spare.items():
+                self.copy(value, self.places[value], place)
+                self.places[value] = place
+            for old, new in renewals:
+                self._renew(old, new, targets[old])
         with emit.loop(present) as group:
             self._group(group)
             for value, source, target in zip(step.states, states, final, strict=True):
@@ -906,7 +919,7 @@ class _Emitter:
         for value in self.step.captured:
             axis = self.axes.axis(value, self.across) if value in self.values else None
             behind = axis is not None and axis != len(value.shape) - 1
-            if behind and self._local_size(value) * _LINE // _LANES <= _MAX_LOCAL // 64:
+            if behind and 4 * self._local_size(value) <= _NEAR:
                 found.append(value)
         return found
 
@@ -922,9 +935,32 @@ class _Emitter:
 
         self.each(value, one)
 
-    def _renew(self, old: Value, new: Value) -> None:
+    def _renewals(
+        self, aliases: dict[Value, Value]
+    ) -> tuple[list[tuple[Value, Value]], list[Value]]:
+        """Old and new states to copy, in this order, and old states to save before.
+
+        A state that becomes another one has to be read before it is renewed; where states go
+        round, one of them is saved.
+        """
+        pending = [
+            (old, new)
+            for old, new in zip(self.step.states, self.step.new_states, strict=True)
+            if new is not old and aliases.get(new) is not old
+        ]
+        order: list[tuple[Value, Value]] = []
+        saved: list[Value] = []
+        while pending:
+            read = {new for _, new in pending if new not in saved}
+            free = [pair for pair in pending if pair[0] not in read]
+            if not free:
+                saved.append(pending[0][0])
+            order += free
+            pending = [pair for pair in pending if pair not in free]
+        return order, saved
+
+    def _renew(self, old: Value, new: Value, target: _Place) -> None:
         """Make the new state the old one."""
-        target = self.places[old]
 
         def one(indices: list[Expr], vector: int | None, lanes: int) -> None:
             renewed = self.element(new, indices, vector, lanes)
@@ -960,6 +996,17 @@ class _Emitter:
             if plain and alone and not renewed and not twice and whole:
                 found[new] = old
         return found
+
+
+def _computed(result: Expr, dtype: str, lanes: int) -> Expr:
+    """Compute an expression once, in registers, hidden from TVM.
+
+    Its analysis puts the expression in the place of each use of a variable that is bound to it:
+    two functions one behind the other take it half a minute.
+    """
+    memory = emit.allocate(lanes, dtype, registers=True)
+    emit.store(memory, 0, result, lanes)
+    return emit.bind(emit.load(memory, 0, lanes))
 
 
 def _least(dtype: str) -> Any:

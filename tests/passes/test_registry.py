@@ -9,23 +9,32 @@ import sys
 import pytest
 
 from bitwright.errors import UsageError
+from bitwright.passes.lower_scan import LowerScan
 from bitwright.passes.lower_to_integer import LowerToInteger
 from bitwright.passes.pack_weights import PackWeights
 from bitwright.passes.partition_for_target import PartitionForTarget
 from bitwright.passes.propagate_quantization import PropagateQuantization
 from bitwright.passes.registry import DEFAULT, Pipeline, available, parse
+from bitwright.passes.schedule_floats import ScheduleFloats
 
-NAMES = ["propagate-quantization", "partition-for-target", "lower-to-integer", "pack-weights"]
-CLASSES = [PropagateQuantization, PartitionForTarget, LowerToInteger, PackWeights]
+CLASSES = {
+    "propagate-quantization": PropagateQuantization,
+    "partition-for-target": PartitionForTarget,
+    "lower-to-integer": LowerToInteger,
+    "lower-scan": LowerScan,
+    "schedule-floats": ScheduleFloats,
+    "pack-weights": PackWeights,
+}
+NAMES = list(CLASSES)
 
 
 def test_the_passes_stand_in_the_order_of_the_pipeline() -> None:
     assert list(available()) == NAMES
     assert list(DEFAULT.options) == NAMES
-    assert [type(step) for step in DEFAULT.create().values()] == CLASSES
+    assert [type(step) for step in DEFAULT.create().values()] == list(CLASSES.values())
 
 
-@pytest.mark.parametrize("name, kind", list(zip(NAMES, CLASSES, strict=True)))
+@pytest.mark.parametrize("name, kind", CLASSES.items())
 def test_descriptions_come_from_the_docstrings(name: str, kind: type) -> None:
     info = available()[name]
     document = " ".join((inspect.getdoc(kind) or "").split())

@@ -55,7 +55,7 @@ def check(built: Any, lengths: Sequence[int], depth: int, columns: int, bias: bo
     assert_product(actual, data, weights, added[0] if bias else 0)
 
 
-@profile(25)
+@profile(18)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=3),
     st.one_of(st.integers(1, 9), st.sampled_from([384, 385, 1001])),

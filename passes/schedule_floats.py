@@ -1,11 +1,14 @@
-"""ScheduleProducts: float matrix products with constant weights become kernels.
+"""ScheduleFloats: what is slow in float32 without a schedule becomes kernels.
 
 ::
 
     y = R.add(R.matmul(x, R.const(w)), R.const(b))
         ->  y = R.call_tir(cls.float_product, (x, R.const(packed), R.const(b)))
+    z = R.sigmoid(y)
+        ->  z = R.call_tir(cls.float_sigmoid, (y,))
 
-What TVM makes of such a product by itself, without a schedule, is hundreds of times slower.
+Products with constant weights run hundreds of times faster than what TVM makes of them by itself,
+functions that it takes from the C library, one element after the other, about ten times.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from bitwright.passes.expressions import (
     static_shape,
     with_span,
 )
-from bitwright.targets.kernels import float_matmul
+from bitwright.targets.kernels import elementwise, float_matmul
 
-__all__ = ["ScheduleProducts"]
+__all__ = ["ScheduleFloats"]
 
 
 class _Scheduling:
@@ -43,12 +46,15 @@ class _Scheduling:
         if operator(call) == "matmul":
             data, weights = call.args
             array, shape = constant(weights), static_shape(data)
-            usable = array is not None and array.ndim == 2 and array.dtype == np.float32
-            if not usable or not shape or shape[-1] is None or len(shape) < 2 or not array.size:
+            if array is None or array.ndim != 2 or array.dtype != np.float32 or not array.size:
+                return call
+            if shape is None or len(shape) < 2 or shape[-1] is None:
                 return call
             kernel = self._kernel(shape[:-1], *array.shape, bias=False)
             packed = relax.const(float_matmul.pack(array), "float32")
             return with_span(relax.call_tir(kernel, [data, packed], call.ty), call)
+        if operator(call) in elementwise.FUNCTIONS:
+            return self._function(call)
         if operator(call) == "add":
             for data, bias in (call.args, call.args[::-1]):
                 found = self._with_bias(rewriter, call, data, bias)
@@ -73,24 +79,39 @@ class _Scheduling:
         operands.append(relax.const(vector.reshape(-1), "float32"))
         return with_span(relax.call_tir(kernel, operands, call.ty), call)
 
+    def _function(self, call: Any) -> Any:
+        shape = static_shape(call)
+        if str(call.ty.dtype) != "float32" or shape is None:
+            return call
+        name = operator(call)
+        key = (name, *shape)
+        if key not in self.kernels:
+            primitive = elementwise.kernel(name, shape, f"float_{name.removeprefix('nn.')}")
+            self._add(key, primitive)
+        return with_span(relax.call_tir(self.kernels[key], [call.args[0]], call.ty), call)
+
     def _kernel(self, leading: Sequence[Any], depth: Any, columns: Any, *, bias: bool) -> Any:
         key = (*leading, depth, columns, bias)
         if key not in self.kernels:
-            name = f"float_product_{len(self.kernels)}"
-            primitive = float_matmul.kernel(leading, depth, columns, name=name, bias=bias)
-            function = as_block(primitive)
-            self.kernels[key] = variable = global_variable(name, function)
-            self.functions[variable] = function
+            name = "float_product"
+            self._add(key, float_matmul.kernel(leading, depth, columns, name=name, bias=bias))
         return self.kernels[key]
 
+    def _add(self, key: tuple[Any, ...], primitive: Any) -> None:
+        name = str(primitive.attrs["global_symbol"])
+        function = as_block(primitive)
+        self.kernels[key] = variable = global_variable(f"{name}_{len(self.kernels)}", function)
+        self.functions[variable] = function
 
-@tvm.transform.module_pass(opt_level=0, name="ScheduleProducts")
-class ScheduleProducts:
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleFloats")
+class ScheduleFloats:
     """Make kernels of float products with constant weights; see the module's docstring.
 
     Requires: integer layers in functions of their own (LowerToInteger). Ensures: no ``R.matmul`` of
     the other functions has constant float32 weights with two axes; a constant vector that is added
-    to the result is part of the kernel. Sums are taken in another order.
+    to the result is part of the kernel. ``R.exp``, ``R.sigmoid`` and the like of float32 are calls
+    of kernels. Sums are taken in another order, and last bits of functions differ.
     """
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
