@@ -179,10 +179,10 @@ def build(
         dump_ir.mkdir(exist_ok=True)
         _dump(dump_ir / "0-import.txt", module)
     layers: tuple[CompiledLayer, ...] = ()
-    host_operators: tuple[HostOperator, ...] = ()
+    host_operators = None
     for name, step in steps.items():
-        if name == "lower-scan":  # from here on, floats become kernels
-            host_operators = _host_operators(module)
+        if name in ("lower-scan", "schedule-floats") and host_operators is None:
+            host_operators = _host_operators(module)  # from here on, floats become kernels
         if name == "pack-weights":  # which lets equal layers share a function
             layers = _layers(module, kernels=step.kernels)
         if progress is not None:
@@ -196,7 +196,7 @@ def build(
     left = {node_name(call) for call in scans(module)}
     host_operators = tuple(
         replace(entry, reason=_NO_KERNEL) if entry.name in left else entry
-        for entry in host_operators
+        for entry in (_host_operators(module) if host_operators is None else host_operators)
     )
     if progress is not None:
         progress("code generation")

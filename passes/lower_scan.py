@@ -154,7 +154,7 @@ def _cast(before: str, after: str) -> Callable[..., Expr]:
 # --------------------------------------------------------------------------- reading a body
 
 
-class _OtherForm(Exception):  # noqa: N818 - no failure
+class _OtherForm(Exception):
     """The body is not of the form that a kernel computes."""
 
 
@@ -352,7 +352,7 @@ class _Reader:
             steps[axis] = stride
         return Value("slice", shape, data.dtype, (data,), (starts, steps))
 
-    def _take(self, call: Any, data: Value, indices: Value) -> Value:
+    def _take(self, call: Any, data: Value, _indices: Value) -> Value:
         array = constant(call.args[1])
         axis = call.attrs.axis
         if array is None or axis is None or array.ndim > 1:

@@ -574,7 +574,7 @@ class _Emitter:
     ) -> Expr:
         """Every ``stride``-th element along an axis."""
         if operand not in self.places:
-            raise UsageError("it takes every so-manieth element of what it computes")
+            raise UsageError("it takes elements with gaps between them of what it computes")
         place = self.places[operand]
         offset = self._offset(operand, place, places)
         ramp = T.ramp(emit.index(offset), emit.index(place.strides[vector] * stride), lanes)

@@ -37,6 +37,7 @@ from bitwright.passes.lower_scan import LowerScan
 from bitwright.quant.load import load
 from bitwright.quant.observers import TensorQuantization
 from bitwright.quant.reference import Reference
+from tests.passes.modules import transform
 from tests.quant.qdq import (
     Array,
     Builder,
@@ -52,7 +53,7 @@ def imported(model: onnx.ModelProto) -> Any:
 
 def run(module: Any, *inputs: Array) -> list[Array]:
     """Compile with TVM's own schedules, but for loops, and run."""
-    lowered = scan_recursion.lower(LowerScan()(module))
+    lowered = scan_recursion.lower(transform(module, LowerScan()))
     executable = tvm.compile(lowered, target=tvm.target.Target({"kind": "llvm"}))
     machine = relax.VirtualMachine(executable, tvm.cpu())
     result = machine["main"](*(tvm.runtime.tensor(np.array(x, order="C")) for x in inputs))

@@ -12,6 +12,7 @@ from tvm import relax, tirx
 from bitwright.passes.expressions import calls, operator
 from bitwright.passes.schedule_floats import ScheduleFloats
 from bitwright.targets.kernels.host import detect, target
+from tests.passes.modules import transform
 
 
 def module(build: Any, *shapes: Any) -> Any:
@@ -50,7 +51,7 @@ def test_a_product_takes_the_vector_that_is_added(vector: Any, first: bool) -> N
         bias = relax.const(vector)
         return relax.op.add(bias, product) if first else relax.op.add(product, bias)
 
-    after = ScheduleFloats()(module(build, [tirx.Var("n", "int64"), 7]))
+    after = transform(module(build, [tirx.Var("n", "int64"), 7]), ScheduleFloats())
     assert names(after) == ["call_tir"]
     data = normal(5, 7)
     np.testing.assert_allclose(run(after, data), data @ WEIGHTS + BIAS, rtol=1e-5, atol=1e-5)
@@ -62,7 +63,7 @@ def test_a_product_that_is_used_twice_stays_whole() -> None:
         product = builder.emit(relax.op.matmul(x, relax.const(WEIGHTS)))
         return relax.op.multiply(builder.emit(relax.op.add(product, relax.const(BIAS))), product)
 
-    after = ScheduleFloats()(module(build, [2, 3, 7]))
+    after = transform(module(build, [2, 3, 7]), ScheduleFloats())
     assert names(after) == ["call_tir", "call_tir", "multiply"]
     product = (data := normal(2, 3, 7)) @ WEIGHTS
     np.testing.assert_allclose(run(after, data), (product + BIAS) * product, rtol=1e-4, atol=1e-4)
@@ -81,7 +82,7 @@ def test_a_product_that_is_used_twice_stays_whole() -> None:
 )
 def test_others_stay_as_they_are(build: Any, shapes: Any) -> None:
     before = module(build, *shapes)
-    tvm.ir.assert_structural_equal(ScheduleFloats()(before)["main"], before["main"])
+    tvm.ir.assert_structural_equal(transform(before, ScheduleFloats())["main"], before["main"])
 
 
 def test_what_is_added_to_a_product_has_its_columns() -> None:
@@ -89,7 +90,7 @@ def test_what_is_added_to_a_product_has_its_columns() -> None:
         product = builder.emit(relax.op.matmul(x, relax.const(WEIGHTS)))
         return relax.op.add(product, relax.const(normal(5, 1)))
 
-    after = ScheduleFloats()(module(build, [5, 7]))
+    after = transform(module(build, [5, 7]), ScheduleFloats())
     assert names(after) == ["call_tir", "add"]
 
 
@@ -107,7 +108,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_equal_those_of_tvm(name: str) -> None:
     before = module(lambda _, x: FUNCTIONS[name](x), [tirx.Var("n", "int64"), 3])
-    after = ScheduleFloats()(before)
+    after = transform(before, ScheduleFloats())
     assert names(after) == ["call_tir"]
     for rows in (0, 1, 5, 2000):  # less than a vector, and more than a task
         data = np.abs(normal(rows, 3)) if name == "log" else normal(rows, 3)
@@ -115,6 +116,6 @@ def test_functions_equal_those_of_tvm(name: str) -> None:
 
 
 def test_a_function_of_a_tensor_without_axes() -> None:
-    after = ScheduleFloats()(module(lambda _, x: relax.op.tanh(x), []))
+    after = transform(module(lambda _, x: relax.op.tanh(x), []), ScheduleFloats())
     assert names(after) == ["call_tir"]
     np.testing.assert_allclose(run(after, np.float32(0.5)), np.tanh(0.5), rtol=1e-6)
