@@ -23,6 +23,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import onnx
 import onnx_ir as ir
+import tvm_ffi
 from tvm import relax, sym, tirx
 from tvm.ir import SourceName, Span
 from tvm.relax.frontend.onnx import onnx_frontend
@@ -516,6 +517,11 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return
         if self._shape_arithmetic(node) or self._fold(node):
             return
+        if node.op_type == "Constant":  # outputs of a graph stay nodes when a model is loaded
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None:
+                self.fold(node.outputs[0], _storage(tensor.numpy()))
+                return
         if node.op_type in _ALIGNED:
             self._align(node)
         result = _RULES.get(node.op_type, _Importer.by_tvm)(self, node)
@@ -660,6 +666,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         states: Sequence[_Expr],
         sequences: Sequence[_Expr],
         step: Callable[[list[_Expr], list[_Expr]], list[_Expr]],
+        *,
+        checked: bool = False,
     ) -> list[_Expr]:
         """Run a body for each element along axis 0 of sequences.
 
@@ -671,6 +679,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             The initial states, and what is scanned.
         step
             Emits the body: takes states and elements, returns new states and elements of outputs.
+        checked
+            Whether what the body checks of its parameters was moved in front of it.
 
         Returns
         -------
@@ -691,6 +701,18 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         for _, size in sizes.known:
             self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
         function = self._outlined(node, captured, parameters, sizes, len(states), step)
+        facts = [] if checked else _checked_sizes(function, sizes)
+        if facts:
+            # What the body checks of sizes is checked once, in front of the loop.
+            given = [*captured.values(), *states, *sequences]
+            for number, expr in enumerate(given):
+                known = list(expr.ty.shape)
+                dims = [_replaced(size, facts) for size in known]
+                if any(a is not b for a, b in zip(dims, known, strict=True)):
+                    given[number] = self.bb.match_cast(expr, relax.TensorType(dims, expr.ty.dtype))
+            self._exprs.update(zip(captured, given, strict=False))
+            first, last = len(captured), len(captured) + len(states)
+            return self.scan(node, given[first:last], given[last:], step, checked=True)
         body = global_variable(self._unique(str(node.name)), function)
         self._bodies[body] = function
 
@@ -778,12 +800,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         """Convert a body; return the values of its outputs."""
         self._exprs.update(zip(graph.inputs, inputs, strict=True))
         for node in graph:
-            # Constants that are outputs of a body stay nodes when a model is loaded.
-            tensor = ir.convenience.get_const_tensor(node.outputs[0])
-            if tensor is None:
-                self._node(node)
-            else:
-                self.fold(node.outputs[0], _storage(tensor.numpy()))
+            self._node(node)
         self.bb.start("")
         return [self.expr(value) for value in graph.outputs]
 
@@ -850,6 +867,28 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
 
 def _body(node: ir.Node) -> ir.Graph:
     return node.attributes["body"].as_graph()
+
+
+def _checked_sizes(function: Any, sizes: Sizes) -> list[tuple[Any, Any]]:
+    """Sizes outside of a body, and what the body checks that they are."""
+    found = []
+    variables = {new for _, new in sizes.known}
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            if not isinstance(binding, relax.MatchCast) or binding.value.ty.shape is None:
+                continue
+            for old, new in zip(binding.value.ty.shape, binding.ty.shape, strict=True):
+                fixed = isinstance(new, tirx.IntImm) or new in variables
+                if old in variables and fixed and not old.same_as(new):
+                    found.append((sizes.original(old), sizes.original(new)))
+    return found
+
+
+def _replaced(size: Any, facts: Sequence[tuple[Any, Any]]) -> Any:
+    for old, new in facts:
+        if tvm_ffi.structural_equal(old, size):
+            return new
+    return size
 
 
 def _renewed(integers: Array, sizes: Sizes) -> Array | None:
@@ -1627,6 +1666,21 @@ def _slice(importer: _Importer, node: ir.Node) -> Any:
     return expr
 
 
+def _reverse_sequence(importer: _Importer, node: ir.Node) -> Any:
+    """Each sequence of a batch turned round as far as it is long."""
+    data, lengths = _all_inputs(node)
+    expr, shape = importer.expr(data), importer.shape(data)
+    time, batch = attribute(node, "time_axis", 0), attribute(node, "batch_axis", 1)
+    emit = importer.bb.emit
+    places = emit(relax.op.arange(0, shape[time], 1, "int64"))
+    places = emit(relax.op.reshape(places, _along(time, len(shape))))
+    ends = emit(relax.op.reshape(importer.expr(lengths), _along(batch, len(shape))))
+    turned = emit(relax.op.subtract(emit(relax.op.subtract(ends, places)), _const(np.int64(1))))
+    chosen = emit(relax.op.where(relax.op.less(places, ends), turned, places))
+    indices = emit(relax.op.broadcast_to(chosen, shape))
+    return relax.op.gather_elements(expr, indices, time)
+
+
 def _squeeze(importer: _Importer, node: ir.Node) -> Any:
     """Sizes that are not known to be 1 are checked at run time."""
     data, given = [*node.inputs, None][:2]
@@ -2029,6 +2083,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "Reshape": _reshape,
     "Pad": _pad,
     "Resize": _resize,
+    "ReverseSequence": _reverse_sequence,
     "RoiAlign": _roi_align,
     "Scan": _scan,
     "Shape": _shape,

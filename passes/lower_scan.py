@@ -452,6 +452,34 @@ class _Reader:
 
         return self._map(call, function, 2, [total])
 
+    def _nn_softmax(self, call: Any, data: Value) -> Value:
+        scaled, total = self._exponentials(call, data)
+        operands = (self._like(data, "exp", scaled), total)
+        return Value("map", data.shape, data.dtype, operands, lambda a, b, _: a / b, 2)
+
+    def _nn_log_softmax(self, call: Any, data: Value) -> Value:
+        scaled, total = self._exponentials(call, data)
+        operands = (scaled, self._like(total, "log", total))
+        return Value("map", data.shape, data.dtype, operands, lambda a, b, _: a - b, 1)
+
+    def _exponentials(self, call: Any, data: Value) -> tuple[Value, Value]:
+        """The data less the largest along an axis, and the sum of its exponentials."""
+        axis = int(call.attrs.axis) % len(data.shape)
+        kept = tuple(size for place, size in enumerate(data.shape) if place != axis)
+        ones = tuple(1 if place == axis else size for place, size in enumerate(data.shape))
+
+        def along(value: Value, name: str) -> Value:
+            return _reshaped(Value("reduce", kept, data.dtype, (value,), (axis,), name), ones)
+
+        operands = (data, along(data, "max"))
+        less = Value("map", data.shape, data.dtype, operands, lambda a, b, _: a - b, 1)
+        return less, along(self._like(data, "exp", less), "sum")
+
+    @staticmethod
+    def _like(shape: Value, name: str, operand: Value) -> Value:
+        function, cost = _UNARY[name]
+        return Value("map", shape.shape, shape.dtype, (operand,), function, cost)
+
     def _matmul(self, call: Any, left: Value, right: Value) -> Value:
         shape = self._shape(call)
         vector = len(left.shape) == 1, len(right.shape) == 1
