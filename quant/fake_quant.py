@@ -329,7 +329,9 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     for entry in node.attribute:
         for graph in (*((entry.g,) if entry.HasField("g") else ()), *entry.graphs):
             inner = {name for value in graph.node for name in _reads(value)}
-            names |= inner | {value.name for value in graph.output}
+            own = {value.name for value in (*graph.input, *graph.initializer)}
+            own |= {name for value in graph.node for name in value.output}
+            names |= (inner | {value.name for value in graph.output}) - own
     return names
 
 

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import bitwright
+from benchmarks import recurrent_models
 from bitwright.quant.fake_quant import FakeQuant, FakeQuantModel, fake_quant_model
 from bitwright.quant.float_ops import make_session
 from bitwright.quant.layers import layer_nodes
@@ -147,6 +148,15 @@ def test_a_residual_network_equals_its_qdq_models(tmp_path: Path) -> None:
     builder = residual_network(np.random.default_rng(3), batch_norm=True)
     path = save(builder, tmp_path / "net.onnx", "fc_out")
     check_equal(path, "x", sample(1, 12, 3, 16, 16), sample(2, 5, 3, 16, 16), 6)
+
+
+def test_recurrent_networks_equal_their_qdq_models(tmp_path: Path) -> None:
+    sru = recurrent_models.sru_network(hidden=12, projection=8, outputs=5, layers=2)
+    lstm = recurrent_models.gated("LSTM", 23, 8, bidirectional=True)
+    for name, model in (("sru", sru), ("lstm", lstm)):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        x = sample(1, 20, 3, 23)
+        check_equal(tmp_path / f"{name}.onnx", "x", sample(0, 20, 3, 23), x, plans=4)
 
 
 @pytest.mark.parametrize("seed", [*range(10), 117])
