@@ -1675,7 +1675,9 @@ def _reverse_sequence(importer: _Importer, node: ir.Node) -> Any:
     places = emit(relax.op.arange(0, shape[time], 1, "int64"))
     places = emit(relax.op.reshape(places, _along(time, len(shape))))
     ends = emit(relax.op.reshape(importer.expr(lengths), _along(batch, len(shape))))
-    turned = emit(relax.op.subtract(emit(relax.op.subtract(ends, places)), _const(np.int64(1))))
+    turned = emit(
+        relax.op.subtract(emit(relax.op.subtract(ends, places)), _const(np.array(1, np.int64)))
+    )
     chosen = emit(relax.op.where(relax.op.less(places, ends), turned, places))
     indices = emit(relax.op.broadcast_to(chosen, shape))
     return relax.op.gather_elements(expr, indices, time)
