@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.helper
-import onnx_ir as ir
 import pytest
 import tvm
 from hypothesis import given
@@ -829,18 +828,20 @@ def test_the_cases_of_the_standard_are_right_or_refused() -> None:
 # -- trained models ------------------------------------------------------------------------------
 
 
+# How many axes some tensor has, or whether a size is 1, is known there when sizes are fixed.
+NEED_SIZES = {"silero_vad", "silero_vad_16k_op15", "silero_vad_half", "plcmos_v2"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.ALL_ONNX)
-def test_real_models_without_recurrent_operators_are_imported(name: str) -> None:
+def test_real_models_are_imported(name: str) -> None:
     model = load(models.ALL_ONNX[name]().path)
-    recurrent = {"GRU", "LSTM", "Loop", "RNN", "Scan"}
-    found = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph)} & recurrent
-    if not found:
+    if name not in NEED_SIZES:
         import_model(model)
         return
-    with pytest.raises(ModelError, match="operators that cannot be compiled") as caught:
+    with pytest.raises(ModelError, match=r"queeze '.*' cannot be compiled") as caught:
         import_model(model)
-    assert all(f"{operator} '" in str(caught.value) for operator in found)
+    assert "static shapes" in str(caught.value)
 
 
 @pytest.mark.slow
