@@ -875,7 +875,9 @@ def _checked_sizes(function: Any, sizes: Sizes) -> list[tuple[Any, Any]]:
     variables = {new for _, new in sizes.known}
     for block in function.body.blocks:
         for binding in block.bindings:
-            if not isinstance(binding, relax.MatchCast) or binding.value.ty.shape is None:
+            if not isinstance(binding, relax.MatchCast):
+                continue
+            if not isinstance(binding.ty, relax.TensorType) or binding.value.ty.shape is None:
                 continue
             for old, new in zip(binding.value.ty.shape, binding.ty.shape, strict=True):
                 fixed = isinstance(new, tirx.IntImm) or new in variables

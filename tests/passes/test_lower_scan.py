@@ -282,7 +282,6 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "flip": lambda s, _: op.flip(s, 0),
     "take": lambda s, _: op.take(s, relax.const(np.array([1, 0, 2]), "int64"), 0),
     "computed take": lambda s, x: op.take(s, op.astype(op.sum(x, [0]), "int64"), 1, "clip"),
-    "softmax": lambda s, _: op.nn.softmax(s, 1),
 }
 
 
