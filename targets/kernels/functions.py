@@ -25,15 +25,10 @@ from bitwright.targets.kernels.emit import Expr, bind, cast, constant, reinterpr
 __all__ = [
     "erf",
     "exp",
-    "expm1",
-    "gelu",
     "log",
-    "mish",
-    "rsqrt",
     "sigmoid",
     "silu",
     "softplus",
-    "softsign",
     "tanh",
 ]
 
@@ -88,12 +83,6 @@ def exp(x: Expr, lanes: int) -> Expr:
     low, high = (_number(bound, lanes) for bound in (_EXP_LOW, _EXP_HIGH))
     value = T.Select(x < low, _number(0.0, lanes), value)
     return bind(T.Select(x <= high, value, x + _number(inf, lanes)))
-
-
-def expm1(x: Expr, lanes: int) -> Expr:
-    """exp(x) - 1 within 4e-7, and 2^-149 below 2^-126."""
-    x = _at_least(-20.0, _at_most(88.8, bind(x), lanes), lanes)
-    return _number(2.0, lanes) * _half_expm1(x, lanes)
 
 
 def log(x: Expr, lanes: int) -> Expr:
@@ -155,38 +144,10 @@ def erf(x: Expr, lanes: int) -> Expr:
     return _with_sign_of(doubled, x, lanes)
 
 
-def rsqrt(x: Expr, lanes: int) -> Expr:
-    """1 / sqrt(x) within 2e-7; infinities with the sign of zeros."""
-    return _number(1.0, lanes) / _intrinsic("llvm.sqrt", x, lanes=lanes)
-
-
-def softsign(x: Expr, lanes: int) -> Expr:
-    """Return x / (1 + abs(x)) within 2e-7; not a number of infinities."""
-    x = bind(x)
-    return x / (_number(1.0, lanes) + _magnitude(x, lanes))
-
-
 def silu(x: Expr, lanes: int) -> Expr:
     """Return x * sigmoid(x) within 5e-7, and 2^-119 below; not a number of -infinity."""
     x = bind(x)
     return x / (_number(1.0, lanes) + exp(_number(-1.0, lanes) * x, lanes))
-
-
-def gelu(x: Expr, lanes: int) -> Expr:
-    """Return x * (1 + erf(x / sqrt(2))) / 2 within 3e-7 * abs(x); not a number of -infinity."""
-    x = bind(x)
-    normal = erf(_number(sqrt(0.5), lanes) * x, lanes)
-    half = _number(0.5, lanes)
-    return x * (half * (_number(1.0, lanes) + normal))
-
-
-def mish(x: Expr, lanes: int) -> Expr:
-    """Return x * tanh(softplus(x)) within 7e-7, and 2^-119 below; not a number of -infinity."""
-    x = bind(x)
-    two = _number(2.0, lanes)
-    e = exp(_at_most(20.0, x, lanes), lanes)  # beyond, the factor of x rounds to 1
-    n = bind(e * (e + two))
-    return x * (n / (n + two))
 
 
 # --------------------------------------------------------------------------- pieces

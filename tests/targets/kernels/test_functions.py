@@ -33,14 +33,10 @@ _erfc = np.vectorize(erfc, otypes=[np.float64])
 FUNCTIONS: dict[str, tuple[Callable[[Numbers], Numbers], float, float, float]] = {
     "erf": (_erf, 5e-7, LEAST, 2.0**-148),
     "exp": (np.exp, 2e-7, LEAST, LEAST),
-    "expm1": (np.expm1, 4e-7, LEAST, 2.0**-149),
     "log": (np.log, 3e-7, 0, 0),
-    "mish": (lambda x: x * np.tanh(np.logaddexp(0, x)), 7e-7, 2.0**-119, 2.0**-119),
-    "rsqrt": (lambda x: 1 / np.sqrt(x), 2e-7, 0, 0),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 4e-7, LEAST, LEAST),
     "silu": (lambda x: x / (1 + np.exp(-x)), 5e-7, 2.0**-119, 2.0**-119),
     "softplus": (lambda x: np.logaddexp(0, x), 5e-7, LEAST, LEAST),
-    "softsign": (lambda x: x / (1 + np.abs(x)), 2e-7, 0, 0),
     "tanh": (np.tanh, 4e-7, 0, 0),
 }
 
@@ -105,7 +101,7 @@ def assert_within(found: Singles, expected: Numbers, bound: Numbers) -> None:
 
 
 def test_every_function_is_tested() -> None:
-    assert sorted([*FUNCTIONS, "gelu"]) == sorted(functions.__all__)
+    assert sorted(FUNCTIONS) == sorted(functions.__all__)
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
@@ -120,21 +116,10 @@ def test_functions_are_within_their_bounds(name: str, isa: Isa) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-def test_gelu_is_near_for_the_size_of_its_argument(isa: Isa) -> None:
-    with np.errstate(all="ignore"):
-        x = sample().astype(np.float64)
-        expected = x / 2 * _erfc(-x / sqrt(2))
-        expected[x == -np.inf] = np.nan
-        for lanes in LANES:
-            assert_within(results("gelu", isa, lanes), expected, 3e-7 * np.abs(x) + 2.0**-149)
-
-
-@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 @pytest.mark.parametrize(
     "name, cases",
     [
         ("exp", {-np.inf: 0, -104: 0, 0: 1, 88.72284: np.inf, np.inf: np.inf}),
-        ("expm1", {-np.inf: -1, 0: 0, 88.72284: np.inf, np.inf: np.inf}),
         ("log", {-np.inf: np.nan, -1: np.nan, -0.0: -np.inf, 1: 0, np.inf: np.inf}),
         ("tanh", {-np.inf: -1, -20: -1, 0: 0, 20: 1, np.inf: 1, 2.0**-149: 2.0**-149}),
         ("sigmoid", {-np.inf: 0, 0: 0.5, np.inf: 1}),
