@@ -36,7 +36,7 @@ def calibrate(
     model
         The float model; it is not changed.
     values
-        Float tensors of its main graph.
+        Float tensors of its main graph and of the bodies of its loops.
     samples
         The calibration data.
     batch_size
@@ -63,9 +63,10 @@ def calibrate(
     """
     watched = list(dict.fromkeys(values))
     observers = {str(value.name): Observer() for value in watched}
-    session_outputs = [value for value in watched if not value.is_graph_input()]
-    fed = {str(value.name) for value in watched if value.is_graph_input()}
-    proto = model.to_proto_with_outputs(session_outputs)
+    inputs = set(model.graph.inputs)
+    session_outputs = [value for value in watched if value not in inputs]
+    fed = {str(value.name) for value in watched if value in inputs}
+    proto = model.to_proto_with_outputs(session_outputs)  # in this order
     try:
         session = make_session(proto, optimize=True)
     except Exception as error:  # onnxruntime raises several kinds
@@ -78,7 +79,7 @@ def calibrate(
 
     def run(batch: Batch, first: int) -> list[Array]:
         try:
-            return list(session.run(names, batch.inputs)) if names else []
+            return list(session.run(None, batch.inputs)) if names else []
         except Exception as error:
             raise DataError(
                 f"the model fails on samples {first} to {first + batch.samples - 1} "

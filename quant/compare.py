@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from bitwright.errors import ModelError
 from bitwright.quant.float_ops import Array, make_session
-from bitwright.quant.graph import attribute, constant
+from bitwright.quant.graph import all_nodes, attribute, constant
 from bitwright.quant.load import Model
 from bitwright.quant.reference import Reference
 from bitwright.quant.requantization import RequantizationForm
@@ -85,38 +84,33 @@ def compare_codes(
     """
     # Codes below 8 bits cannot leave onnxruntime, so they are read off the dequantized values.
     dequantized = {
-        str(node.outputs[0].name): (str(use.node.outputs[0].name), use.node)
-        for node in model.graph
+        str(node.outputs[0].name): use.node
+        for node in all_nodes(model.graph)
         if node.op_type == "QuantizeLinear"
         for use in node.outputs[0].uses()
-        if use.node.op_type == "DequantizeLinear" and use.node.graph is model.graph
+        if use.node.op_type == "DequantizeLinear" and use.node.graph is node.graph
     }
     if not dequantized:
         raise ModelError(
             "has no quantized activations", where=model.source, fix="quantize it first"
         )
-    for _, node in dequantized.values():
+    for node in dequantized.values():
         if any(value is not None and constant(value) is None for value in node.inputs[1:]):
             raise ModelError(
                 f"computes the scale or zero point of {node.name!r}: it has no codes to compare",
                 where=model.source,
                 fix="quantize it statically, with constant scales",
             )
-    proto = model.to_proto()
-    present = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(
-        onnx.ValueInfoProto(name=name)
-        for name in dict.fromkeys(name for name, _ in dequantized.values())
-        if name not in present
-    )
-    session = make_session(proto, optimize=False)
-    names = [name for name, _ in dequantized.values()]
+    wanted = list(dict.fromkeys(node.outputs[0] for node in dequantized.values()))
+    session = make_session(model.to_proto_with_outputs(wanted), optimize=False)
     reference = Reference(model, requantization)
     totals = {codes: np.zeros(4, np.int64) for codes in dequantized}
     done = 0
     for batch in samples.batches(batch_size):
-        results = dict(zip(names, session.run(names, batch.inputs), strict=True))
-        theirs = {codes: _codes(results[name], node) for codes, (name, node) in dequantized.items()}
+        results = dict(zip(wanted, session.run(None, batch.inputs), strict=True))
+        theirs = {
+            codes: _codes(results[node.outputs[0]], node) for codes, node in dequantized.items()
+        }
         _, ours = reference.run(batch.inputs, given=theirs)
         _, alone = reference.run(batch.inputs)
         for codes, total in totals.items():

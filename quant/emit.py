@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from bitwright.quant.float_ops import Array
 from bitwright.quant.graph import (
+    all_nodes,
     channel_axis,
     constant,
     data_inputs,
@@ -98,6 +99,14 @@ class LayerSummary:
     bias: str
 
 
+def _owner(value: ir.Value) -> ir.Graph:
+    """The graph that a value stands in: the main one or the body of a loop."""
+    node = value.producer()
+    owner = value.graph if node is None else node.graph
+    assert isinstance(owner, ir.Graph)
+    return owner
+
+
 def _code_dtype(quantization: TensorQuantization) -> np.dtype[Any]:
     kind = "int" if quantization.signed else "uint"
     if quantization.bits < 8:
@@ -133,7 +142,7 @@ class Emitter:
     def run(self) -> None:
         """Rewrite the graph in place."""
         placement = self._placement
-        nodes = list(self._graph)
+        nodes = list(all_nodes(self._graph))
         # Tables first: which nodes belong to one depends on the graph as it was.
         tables = {
             value: root for value, _ in self._chosen for value, root in self._tables_behind(value)
@@ -266,7 +275,7 @@ class Emitter:
         for old, new in zip(node.outputs, clone.outputs, strict=True):
             new.name = f"{old.name}_dequantized"
             new.type, new.shape = old.type, old.shape
-        self._graph.insert_after(node, clone)
+        _owner(node.outputs[0]).insert_after(node, clone)
         self._clones[key] = clone
         return clone
 
@@ -283,10 +292,11 @@ class Emitter:
         codes.type = ir.TensorType(ir.DataType.from_numpy(zero.dtype))
         dequantize = self._dequantize(codes, scale, zero_point, f"{value.name}_dequantized")
         producer = value.producer()
+        owner = _owner(value)
         if producer is None:
-            self._graph.insert_before(self._graph[0], [quantize, dequantize])
+            owner.insert_before(owner[0], [quantize, dequantize])
         else:
-            self._graph.insert_after(producer, [quantize, dequantize])
+            owner.insert_after(producer, [quantize, dequantize])
         return dequantize.outputs[0]
 
     @staticmethod
@@ -320,7 +330,7 @@ class Emitter:
         zero = np.zeros(scale.shape, codes.dtype)
         zero_value = add_initializer(self._graph, f"{name}_zero_point", ir.tensor(zero))
         node = self._dequantize(value, scale_value, zero_value, f"{name}_dequantized", axis)
-        self._graph.insert_before(user, node)
+        _owner(user.outputs[0]).insert_before(user, node)
         return node.outputs[0]
 
     def _constant(self, value: ir.Value, user: ir.Node) -> ir.Value:

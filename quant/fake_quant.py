@@ -156,16 +156,8 @@ def fake_quant_model(
         At most so many parts.
     """
     graph, placement = found.model.graph, found.placement
-    constants = {
-        str(node.name): LayerConstants.of(node, placement)
-        for node in graph
-        if node in placement.layers
-    }
-    data = {
-        str(node.name): str(placement.layer_input(node).name)
-        for node in graph
-        if node in placement.layers
-    }
+    constants = {str(node.name): LayerConstants.of(node, placement) for node in placement.layers}
+    data = {str(node.name): str(placement.layer_input(node).name) for node in placement.layers}
     chosen = {
         (value, bits): TensorSummary(
             str(value.name), found.quantizations[str(value.name), bits], 0.0, 0.0, 0.0
@@ -297,7 +289,9 @@ class _SlotEmitter(Emitter):
     ) -> ir.Value:
         result = node.outputs[0]
         result.name, result.shape, result.type = name, like.shape, ir.TensorType(dtype)
-        self._graph.insert_before(user, node)
+        owner = user.graph  # the main graph, or the body of a loop
+        assert isinstance(owner, ir.Graph)
+        owner.insert_before(user, node)
         return result
 
 

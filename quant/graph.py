@@ -8,7 +8,7 @@ else stays float.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from bitwright.quant.float_ops import Array
 
 __all__ = [
+    "all_nodes",
     "attribute",
     "channel_axis",
     "clamp_bounds",
@@ -27,6 +28,8 @@ __all__ = [
     "is_clamp",
     "is_elementwise",
     "is_move",
+    "layers_of",
+    "loop_body",
     "weight_input",
 ]
 
@@ -80,6 +83,42 @@ def weight_input(node: ir.Node) -> int | None:
     if node.op_type == "MatMul" and _is_weight(node.inputs[0]):
         return 0
     return None
+
+
+def loop_body(node: ir.Node) -> ir.Graph | None:
+    """The body of a Scan or Loop; None for any other node."""
+    if node.domain != "" or node.op_type not in ("Scan", "Loop"):
+        return None
+    body: ir.Graph = node.attributes["body"].as_graph()
+    return body
+
+
+def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes in order of execution; in front of each Scan or Loop those of its body.
+
+    Bodies of loops in loops, and those of If, are left out.
+    """
+    for node in graph:
+        body = loop_body(node)
+        if body is not None:
+            yield from body
+        yield node
+
+
+def layers_of(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes that multiply by constant weights, in order of execution.
+
+    In the body of a loop only matrix products with their weights on the right are layers.
+    """
+
+    def is_layer(node: ir.Node) -> bool:
+        index = weight_input(node)
+        if index is None or node.graph is graph:
+            return index is not None
+        transposed = node.op_type == "Gemm" and attribute(node, "transA", 0)
+        return node.op_type in ("MatMul", "Gemm") and index == 1 and not transposed
+
+    return [node for node in all_nodes(graph) if is_layer(node)]
 
 
 def channel_axis(node: ir.Node, weight_rank: int) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bitwright.quant.graph import (
+    all_nodes,
     attribute,
     channel_axis,
     constant,
@@ -15,6 +16,8 @@ from bitwright.quant.graph import (
     is_clamp,
     is_elementwise,
     is_move,
+    layers_of,
+    loop_body,
     weight_input,
 )
 from bitwright.quant.load import Model
@@ -42,8 +45,8 @@ class NotLayer:
 
 
 def layer_nodes(model: Model) -> dict[str, ir.Node]:
-    """Nodes of the main graph that are layers, by name, in order of execution."""
-    return {str(node.name): node for node in model.graph if weight_input(node) is not None}
+    """Nodes that are layers, by name, in order of execution; those of a loop stand before it."""
+    return {str(node.name): node for node in layers_of(model.graph)}
 
 
 def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
@@ -55,14 +58,17 @@ def find_layers(model: Model) -> tuple[tuple[Layer, ...], tuple[NotLayer, ...]]:
         One entry a layer, in order of execution. Numbers that depend on a symbolic dimension are
         None.
     others
-        One entry for every other operator of the main graph.
+        One entry for every other operator of the main graph, and for every other product in the
+        body of a loop.
     """
     layers: list[Layer] = []
     others: list[NotLayer] = []
-    for node in model.graph:
-        if weight_input(node) is not None:
-            layers.append(_describe(node))
-        else:
+    found = set(layers_of(model.graph))
+    loops = {inner: node for node in model.graph for inner in loop_body(node) or ()}
+    for node in all_nodes(model.graph):
+        if node in found:
+            layers.append(_describe_step(node, loops[node]) if node in loops else _describe(node))
+        elif node not in loops or node.op_type in _COMPUTING:
             reason = _reason(node)
             others.append(NotLayer(str(node.name), node.op_type, reason, reason not in _NO_WORK))
     return tuple(layers), tuple(others)
@@ -165,13 +171,54 @@ def _describe(node: ir.Node) -> Layer:
     )
 
 
+def _describe_step(node: ir.Node, loop: ir.Node) -> Layer:
+    """A product of each step of a loop; matrices of several directions are groups."""
+    index = weight_input(node)
+    assert index is not None
+    data, weights = node.inputs[1 - index], node.inputs[index]
+    weight_shape = tuple(dim for dim in _shape(weights) if isinstance(dim, int))
+    output_shape = _shape(node.outputs[0])
+    axis = channel_axis(node, len(weight_shape))
+    out_features = 1 if axis is None else weight_shape[axis]
+    groups = math.prod(weight_shape[:-2])
+    rows = [_number(dim) for dim in output_shape[:-1]] if axis is not None else []
+    batch = None
+    if output_shape and None not in rows:
+        batch = math.prod(dim for dim in rows if dim is not None) // max(groups, 1)
+    return Layer(
+        name=str(node.name),
+        kind="recurrent",
+        batch=batch,
+        in_channels=groups * (math.prod(weight_shape[-2:]) // max(out_features, 1)),
+        out_channels=groups * out_features,
+        groups=groups,
+        steps=_steps(loop),
+        input_shape=_shape(data),
+        weight_shape=weight_shape,
+        output_shape=output_shape,
+    )
+
+
+def _steps(loop: ir.Node) -> int | None:
+    """How often the body of a Scan or Loop runs; None where that is known at run time only."""
+    if loop.op_type == "Loop":
+        trips = constant(loop.inputs[0])
+        return None if trips is None else int(trips.item())
+    scanned = attribute(loop, "num_scan_inputs")
+    axes = attribute(loop, "scan_input_axes") or (0,) * scanned
+    shape = _shape(loop.inputs[len(loop.inputs) - scanned])
+    return _number(shape[axes[0]]) if shape else None
+
+
 def _reason(node: ir.Node) -> str:
     if node.op_type in ("Conv", "Gemm", "MatMul"):
+        if weight_input(node) is not None:
+            return "a layer in a loop has its weights on the right of a matrix product"
         if constant(node.inputs[0]) is not None:
             return "its left operand is constant, its weights are computed"
         return "its weights are computed, not constant"
     if node.op_type in _RECURRENT:
-        return "recurrent: its steps stay float"
+        return "recurrent: what is no product in its steps stays float"
     if node.op_type in _OTHER_PRODUCTS:
         return f"{node.op_type} is not lowered to integers: its weights stay float"
     if any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()):

@@ -34,6 +34,7 @@ from onnx_ir.passes.common import (
 
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.quant.float_ops import FloatOperator
+from bitwright.quant.graph import all_nodes, loop_body
 from bitwright.quant.recurrent import decompose
 from bitwright.vocabulary import Dim
 
@@ -87,6 +88,7 @@ _HALF: dict[int, str] = {
 # Inside Model, "ir" is the field.
 _Graph: TypeAlias = ir.Graph
 _Value: TypeAlias = ir.Value
+_Node: TypeAlias = ir.Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,23 +148,31 @@ class Model:
     @property
     def is_quantized(self) -> bool:
         """Whether the model holds QuantizeLinear or DequantizeLinear."""
-        return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.graph)
+        quantizers = ("QuantizeLinear", "DequantizeLinear")
+        return any(node.op_type in quantizers for node in all_nodes(self.graph))
 
     def to_proto(self) -> onnx.ModelProto:
         """Serialize to an ONNX protobuf, all tensors inside."""
         return ir.to_proto(ir.external_data.load_to_model(self.ir))
 
     def to_proto_with_outputs(self, values: Sequence[_Value]) -> onnx.ModelProto:
-        """Serialize the model with other values as its outputs; the model itself stays."""
-        outputs = self.graph.outputs
-        original = list(outputs)
-        outputs.clear()
-        outputs.extend(values or original)
-        try:
-            return self.to_proto()
-        finally:
-            outputs.clear()
-            outputs.extend(original)
+        """Serialize the model with other values as its outputs; the model itself stays.
+
+        A value of a loop's body has a first axis more, one entry a step. Outputs come in the order
+        of the values; those of bodies have names of their own.
+        """
+        proto = self.to_proto()
+        if not values:
+            return proto
+        loops = {value: str(node.name) for node in self.graph for value in _body_values(node)}
+        nodes = {node.name: node for node in proto.graph.node}
+        del proto.graph.output[:]
+        for value in values:
+            name = str(value.name)
+            if value in loops:
+                name = _collect_steps(nodes[loops[value]], name)
+            proto.graph.output.append(onnx.ValueInfoProto(name=name))
+        return proto
 
     def with_input_shapes(self, input_shapes: Mapping[str, Sequence[int | None]]) -> Model:
         """Return a copy whose inputs have the given shapes, all other shapes inferred anew.
@@ -185,6 +195,26 @@ class Model:
                 where=self.source,
             ) from error
         return Model(model, self.source, self.structure_hash, self.weights_hash, self.notes)
+
+
+def _body_values(node: _Node) -> list[_Value]:
+    body = loop_body(node)
+    if body is None:
+        return []
+    return [*body.inputs, *(value for inner in body for value in inner.outputs)]
+
+
+def _collect_steps(node: onnx.NodeProto, name: str) -> str:
+    """Make a value of a loop's body an output, one entry a step; return the output's name."""
+    body = next(entry.g for entry in node.attribute if entry.name == "body")
+    inner, outer = f"{name}/step", f"{name}/steps"
+    body.node.append(onnx.helper.make_node("Identity", [name], [inner], name=inner))
+    body.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, None))
+    node.output.append(outer)
+    for entry in node.attribute:
+        if entry.name in ("scan_output_axes", "scan_output_directions"):
+            entry.ints.append(0)
+    return outer
 
 
 def load(
@@ -600,6 +630,29 @@ class _Names:
 
 def _name(model: ir.Model) -> None:
     NameFixPass(name_generator=_Names())(model)
+    # Plans, calibration and reference know nodes and values by name, those of loops included.
+    taken: dict[str, set[str]] = {"node": set(), "value": set()}
+
+    def distinct(entry: ir.Node | ir.Value, kind: str, prefix: str) -> None:
+        name, number = str(entry.name), 1
+        while name in taken[kind]:
+            name = f"{prefix}/{entry.name}" + (f"_{number}" if number > 1 else "")
+            number += 1
+        taken[kind].add(name)
+        if name != entry.name:
+            entry.name = name
+
+    for node in model.graph:
+        taken["node"].add(str(node.name))
+        taken["value"].update(str(value.name) for value in node.outputs)
+    taken["value"].update(str(value.name) for value in model.graph.inputs)
+    taken["value"].update(model.graph.initializers)
+    for node in model.graph:
+        for inner in loop_body(node) or ():
+            distinct(inner, "node", str(node.name))
+        for value in _body_values(node):
+            if value.name:
+                distinct(value, "value", str(node.name))
 
 
 def _dims(shape: ir.Shape | None) -> list[Dim] | None:

@@ -1,6 +1,7 @@
 """Decide where quantizers go: which operators of a float graph run in integers.
 
-1. The data input of every layer is quantized at the layer's activation bits.
+1. The data input of every layer is quantized at the layer's activation bits, in the body of a loop
+   too.
 2. Sums, products and averages of activations, and elementwise functions, that lie between layers
    get their inputs quantized at the plan's elementwise bits, so that they run in integers (a
    function becomes a table over its input codes).
@@ -14,12 +15,14 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from bitwright.quant.graph import (
+    all_nodes,
     constant,
     data_inputs,
     elementwise_roots,
     is_arithmetic,
     is_clamp,
     is_move,
+    layers_of,
     weight_input,
 )
 from bitwright.vocabulary import PrecisionPlan
@@ -32,7 +35,7 @@ class Placement:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self.layers = {node for node in graph if weight_input(node) is not None}
+        self.layers = dict.fromkeys(layers_of(graph))  # in order of execution
         self.biases = dict(self._find_biases())
         self.roots = elementwise_roots(graph, excluded=self.biases)
         self._leads_to_layer = self._backward()
@@ -50,7 +53,7 @@ class Placement:
             if len(uses) != 1 or node.outputs[0].is_graph_output():
                 continue
             follower, index = next(iter(uses))
-            if follower.graph is not self.graph:  # inside the body of an If or Loop
+            if follower.graph is not node.graph:  # inside a body
                 continue
             weights = constant(node.inputs[1])
             if follower.op_type != "Add" or follower.domain != "" or weights is None:
@@ -157,7 +160,7 @@ class Placement:
         """Tensors to quantize, with their bits, in order of execution."""
         found: dict[tuple[ir.Value, int], None] = {}
         targets: list[ir.Value] = []
-        for node in self.graph:
+        for node in all_nodes(self.graph):
             if node in self.layers:
                 value = self.layer_input(node)
                 found[value, plan.layers[str(node.name)].activation_bits] = None

@@ -274,7 +274,7 @@ def calibrate_model(
     if clip != "minmax":
         refinement = measure_errors(
             model,
-            {n: placement.has_bias(n) for n in model.graph if n in placement.layers},
+            {node: placement.has_bias(node) for node in placement.layers},
             quantizations,
             observers,
             precisions,

@@ -28,6 +28,7 @@ from bitwright.quant.graph import (
     data_inputs,
     elementwise_roots,
     is_move,
+    loop_body,
 )
 from bitwright.quant.load import Model
 from bitwright.quant.observers import TensorQuantization
@@ -168,6 +169,10 @@ class Reference:
         self._model = model
         self._form: RequantizationForm = requantization
         self._roots = elementwise_roots(model.graph)
+        for node in model.graph:
+            body = loop_body(node)
+            if body is not None:
+                self._roots.update(elementwise_roots(body))
         self._weights: dict[ir.Node, _Codes] = {}
         self._tables: dict[tuple[ir.Value, TensorQuantization], Array] = {}
         self._operators: dict[ir.Node, FloatOperator] = {}
@@ -193,7 +198,8 @@ class Reference:
         outputs
             Model output to array.
         codes
-            Quantized activation to the codes that this reference computed, int64.
+            Quantized activation to the codes that this reference computed, int64. Those of a loop
+            have a first axis more, one entry a step.
 
         Raises
         ------
@@ -204,10 +210,26 @@ class Reference:
         values: dict[ir.Value, _Value] = {
             value: np.asarray(inputs[str(value.name)]) for value in graph.inputs
         }
+        computed = self._run_graph(graph, values, given or {}, self._last_uses)
+        return {str(v.name): self._array(v, values) for v in graph.outputs}, computed
+
+    def _run_graph(
+        self,
+        graph: ir.Graph,
+        values: dict[ir.Value, _Value],
+        given: Mapping[str, IntArray],
+        last_uses: Mapping[int, Sequence[ir.Value]],
+    ) -> dict[str, IntArray]:
+        """Add the values of a graph to those it reads; return the codes that were computed."""
         computed: dict[str, IntArray] = {}
         for position, node in enumerate(graph):
             try:
-                results = self._execute(node, values)
+                if _has_quantizers(node):
+                    results: Sequence[_Value] = self._loop(node, values, given, computed)
+                else:
+                    results = self._execute(node, values)
+            except RunError:
+                raise
             except Exception as error:
                 raise RunError(
                     f"the integer reference fails in {node.op_type} {node.name!r} "
@@ -218,10 +240,43 @@ class Reference:
                 values[value] = result
                 if node.op_type == "QuantizeLinear" and isinstance(result, np.ndarray):
                     computed[str(value.name)] = result
-                    values[value] = np.asarray((given or {}).get(str(value.name), result))
-            for value in self._last_uses.get(position, ()):
+                    values[value] = np.asarray(given.get(str(value.name), result))
+            for value in last_uses.get(position, ()):
                 values.pop(value, None)
-        return {str(v.name): self._array(v, values) for v in graph.outputs}, computed
+        return computed
+
+    # -- loops ---------------------------------------------------------------------------------
+
+    def _loop(
+        self,
+        node: ir.Node,
+        values: Mapping[ir.Value, _Value],
+        given: Mapping[str, IntArray],
+        computed: dict[str, IntArray],
+    ) -> list[Array]:
+        """Run the body of a Scan or Loop once a step; between steps its values are float.
+
+        So are values of the graph around it that it reads, if they are no constants.
+        """
+        body = loop_body(node)
+        assert body is not None
+        outer: dict[ir.Value, _Value] = {}
+        for value in captured_values(node):
+            found = self._operand(value, values)
+            kept = isinstance(found, _Codes) and found.stored
+            outer[value] = found if kept and found is not None else self._array(value, values)
+        arrays = [None if v is None else self._array(v, values) for v in node.inputs]
+        loop = _ScanSteps(node, arrays) if node.op_type == "Scan" else _LoopSteps(arrays)
+        codes: dict[str, list[IntArray]] = {}
+        while (entering := loop.next()) is not None:
+            inner = {**outer, **dict(zip(body.inputs, entering, strict=True))}
+            step = len(loop.outputs)
+            mine = {name: array[step] for name, array in given.items() if step < len(array)}
+            for name, array in self._run_graph(body, inner, mine, {}).items():
+                codes.setdefault(name, []).append(array)
+            loop.done([self._array(value, inner) for value in body.outputs])
+        computed.update((name, np.stack(arrays)) for name, arrays in codes.items())
+        return loop.results(body)
 
     def _execute(self, node: ir.Node, values: dict[ir.Value, _Value]) -> Sequence[_Value]:
         if node.domain == "" and node.op_type == "QuantizeLinear":
@@ -514,6 +569,101 @@ class Reference:
         if not _is_stored(node.inputs[2], bias):
             return None
         return _with_bias(accumulator, bias, behind if node.op_type == "Conv" else 0)
+
+
+def _has_quantizers(node: ir.Node) -> bool:
+    """Whether a node is a loop with quantizers in its body; others run in onnxruntime."""
+    return any(
+        inner.op_type in ("QuantizeLinear", "DequantizeLinear") or _has_quantizers(inner)
+        for inner in loop_body(node) or ()
+    )
+
+
+class _ScanSteps:
+    """What enters and leaves the body of a Scan at each step."""
+
+    def __init__(self, node: ir.Node, inputs: Sequence[Array | None]) -> None:
+        arrays = [array for array in inputs if array is not None]
+        scanned = attribute(node, "num_scan_inputs")
+        self._states = arrays[: len(arrays) - scanned]
+        axes = attribute(node, "scan_input_axes") or (0,) * scanned
+        backward = attribute(node, "scan_input_directions") or (0,) * scanned
+        self._sequences = [
+            np.moveaxis(array, axis, 0)[:: -1 if turned else 1]
+            for array, axis, turned in zip(arrays[len(self._states) :], axes, backward, strict=True)
+        ]
+        self._node = node
+        self.outputs: list[list[Array]] = []
+
+    def next(self) -> list[Array] | None:
+        """Inputs of the next step; None behind the last."""
+        step = len(self.outputs)
+        if step == len(self._sequences[0]):
+            return None
+        return [*self._states, *(sequence[step] for sequence in self._sequences)]
+
+    def done(self, results: list[Array]) -> None:
+        """Take what a step computed."""
+        count = len(self._states)
+        self._states = results[:count]
+        self.outputs.append(results[count:])
+
+    def results(self, body: ir.Graph) -> list[Array]:
+        """Last states and stacked outputs."""
+        values = body.outputs[len(self._states) :]
+        axes = attribute(self._node, "scan_output_axes") or (0,) * len(values)
+        backward = attribute(self._node, "scan_output_directions") or (0,) * len(values)
+        stacked = [
+            np.moveaxis(_stacked(value, entries)[:: -1 if turned else 1], 0, axis)
+            for value, entries, axis, turned in zip(
+                values, self._by_output(len(values)), axes, backward, strict=True
+            )
+        ]
+        return [*self._states, *stacked]
+
+    def _by_output(self, count: int) -> list[list[Array]]:
+        return [[outputs[number] for outputs in self.outputs] for number in range(count)]
+
+
+class _LoopSteps:
+    """What enters and leaves the body of a Loop at each step."""
+
+    def __init__(self, inputs: Sequence[Array | None]) -> None:
+        trips, condition, *states = inputs
+        self._trips = math.inf if trips is None else int(trips.item())
+        self._goes_on = condition is None or bool(condition.item())
+        self._states = [array for array in states if array is not None]
+        self.outputs: list[list[Array]] = []
+
+    def next(self) -> list[Array] | None:
+        """Inputs of the next step; None behind the last."""
+        step = len(self.outputs)
+        if step >= self._trips or not self._goes_on:
+            return None
+        return [np.array(step, np.int64), np.array(True), *self._states]
+
+    def done(self, results: list[Array]) -> None:
+        """Take what a step computed."""
+        self._goes_on = bool(results[0].item())
+        count = len(self._states)
+        self._states = results[1 : 1 + count]
+        self.outputs.append(results[1 + count :])
+
+    def results(self, body: ir.Graph) -> list[Array]:
+        """Last states and stacked outputs."""
+        values = body.outputs[1 + len(self._states) :]
+        stacked = [
+            _stacked(value, [outputs[number] for outputs in self.outputs])
+            for number, value in enumerate(values)
+        ]
+        return [*self._states, *stacked]
+
+
+def _stacked(value: ir.Value, entries: Sequence[Array]) -> Array:
+    if entries:
+        return np.stack(entries)
+    shape = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+    return np.zeros((0, *shape), None if value.dtype is None else value.dtype.numpy())
 
 
 def _along(axis: int, rank: int) -> tuple[int, ...]:

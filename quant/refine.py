@@ -151,6 +151,8 @@ class _Probe:
         ``parameters`` holds ``scale``, ``low`` and ``high`` for a quantized input, or ``w`` for
         other weights.
         """
+        if self.node.op_type == "Gemm":  # in a loop there is an axis more
+            x, y = (array.reshape(-1, array.shape[-1]) for array in (x, y))
         quantized = "scale" in parameters
         if quantized not in self._sessions:
             self._sessions[quantized] = self._session(x.ndim, y.ndim, quantized=quantized)
@@ -510,13 +512,14 @@ class _Recorder:
     def __init__(self, model: Model, probes: Sequence[_Probe]) -> None:
         self._source = model.source
         values = [v for probe in probes for v in (probe.data, probe.node.outputs[0])]
-        self._computed = [v for v in dict.fromkeys(values) if not v.is_graph_input()]
+        inputs = set(model.graph.inputs)
+        self._computed = [v for v in dict.fromkeys(values) if v not in inputs]
         self._names = [str(value.name) for value in self._computed]
         self._session = make_session(model.to_proto_with_outputs(self._computed), optimize=True)
 
     def run(self, batch: Batch) -> dict[str, Array]:
         try:
-            results = self._session.run(self._names, batch.inputs)
+            results = self._session.run(None, batch.inputs) if self._names else []
         except Exception as error:  # onnxruntime raises several kinds
             raise DataError(
                 f"the model fails on batches of {batch.samples} samples ({first_line(error)})",
