@@ -204,6 +204,16 @@ ElementwiseBits = Annotated[
     int | None,
     typer.Option(help="Bits, 8 or 16 (default), of activations between other operators."),
 ]
+LoopBits = Annotated[
+    int | None,
+    typer.Option(help="The same in loops (LSTM, GRU, Scan, ...): 8, 16, or 32, float (default)."),
+]
+ChosenElementwiseBits = Annotated[
+    int, typer.Option(help="Bits, 8 or 16, of activations between other operators.")
+]
+ChosenLoopBits = Annotated[
+    int, typer.Option(help="The same in loops (LSTM, GRU, Scan, ...): 8, 16, or 32, float.")
+]
 CalibrationBatch = Annotated[
     int | None, typer.Option(help="Samples of one calibration run \\[default: to fit memory].")
 ]
@@ -249,9 +259,8 @@ def plan(
         list[str] | None,
         typer.Option("--layer", metavar="NAME=PRECISION", help="Precision of one layer."),
     ] = None,
-    elementwise_bits: Annotated[
-        int, typer.Option(help="Bits, 8 or 16, of activations between operators without weights.")
-    ] = 16,
+    elementwise_bits: ChosenElementwiseBits = 16,
+    loop_bits: ChosenLoopBits = 32,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a precision plan, to be edited by hand or used as it is."""
@@ -262,6 +271,7 @@ def plan(
         precision=precision,
         layers=_layer_precisions(layer or []),
         elementwise_bits=elementwise_bits,
+        loop_bits=loop_bits,
         output=output,
         overwrite=overwrite,
     )
@@ -285,6 +295,7 @@ def quantize(
     per_channel: PerChannel = True,
     asymmetric: Asymmetric = False,
     elementwise_bits: ElementwiseBits = None,
+    loop_bits: LoopBits = None,
     batch_size: CalibrationBatch = None,
     as_json: Json = False,
 ) -> None:
@@ -304,6 +315,7 @@ def quantize(
             per_channel=per_channel,
             asymmetric=asymmetric,
             elementwise_bits=elementwise_bits,
+            loop_bits=loop_bits,
             batch_size=batch_size,
             progress=progress,
         )
@@ -432,6 +444,7 @@ def compile_(
     per_channel: PerChannel = True,
     asymmetric: Asymmetric = False,
     elementwise_bits: ElementwiseBits = None,
+    loop_bits: LoopBits = None,
     batch_size: CalibrationBatch = None,
     as_json: Json = False,
 ) -> None:
@@ -456,6 +469,7 @@ def compile_(
             per_channel=per_channel,
             asymmetric=asymmetric,
             elementwise_bits=elementwise_bits,
+            loop_bits=loop_bits,
             batch_size=batch_size,
             progress=progress,
         )
@@ -598,9 +612,6 @@ Workers = Annotated[int, typer.Option(help="Local processes that evaluate.")]
 Scheduler = Annotated[
     str | None, typer.Option(metavar="tcp://HOST:PORT", help="A running Dask scheduler instead.")
 ]
-SearchedElementwiseBits = Annotated[
-    int, typer.Option(help="Bits, 8 or 16, of activations between other operators.")
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
@@ -726,7 +737,8 @@ def search(
     percentile: Percentile = 99.99,
     per_channel: PerChannel = True,
     asymmetric: Asymmetric = False,
-    elementwise_bits: SearchedElementwiseBits = 16,
+    elementwise_bits: ChosenElementwiseBits = 16,
+    loop_bits: ChosenLoopBits = 32,
     batch_size: CalibrationBatch = None,
     reuse_mib: Annotated[
         int, typer.Option(help="Memory for intermediate values, in MiB a worker.")
@@ -776,6 +788,7 @@ def search(
             per_channel=per_channel,
             asymmetric=asymmetric,
             elementwise_bits=elementwise_bits,
+            loop_bits=loop_bits,
             batch_size=batch_size,
             reuse_mib=reuse_mib,
             dry_run=dry_run,
@@ -846,7 +859,8 @@ def sensitivity(
     percentile: Percentile = 99.99,
     per_channel: PerChannel = True,
     asymmetric: Asymmetric = False,
-    elementwise_bits: SearchedElementwiseBits = 16,
+    elementwise_bits: ChosenElementwiseBits = 16,
+    loop_bits: ChosenLoopBits = 32,
     batch_size: CalibrationBatch = None,
     workers: Workers = 1,
     scheduler: Scheduler = None,
@@ -876,6 +890,7 @@ def sensitivity(
             per_channel=per_channel,
             asymmetric=asymmetric,
             elementwise_bits=elementwise_bits,
+            loop_bits=loop_bits,
             batch_size=batch_size,
             workers=workers,
             scheduler=scheduler,

@@ -144,6 +144,7 @@ def compile(  # noqa: A001 - the command's name
     per_channel: bool = True,
     asymmetric: bool = False,
     elementwise_bits: int | None = None,
+    loop_bits: int | None = None,
     batch_size: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Artifact:
@@ -178,7 +179,7 @@ def compile(  # noqa: A001 - the command's name
         Whether the artefact keeps the quantized ONNX model, for :func:`bitwright.run` to compare.
     dump_ir
         A folder for the module after each pass, as text.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     progress
         Called with steps done and in total.
@@ -217,6 +218,7 @@ def compile(  # noqa: A001 - the command's name
         "precision": precision,
         "plan": plan,
         "elementwise_bits": elementwise_bits,
+        "loop_bits": loop_bits,
     }
     if loaded.is_quantized:
         _refuse_options({**choice, **options, "calibration": calibration}, loaded.source)

@@ -337,6 +337,7 @@ def plan_of_study(reference: str) -> PrecisionPlan:
         weights_hash=facts.weights_hash,
         target=facts.target,
         elementwise_bits=settings.quantization.elementwise_bits,
+        loop_bits=settings.quantization.loop_bits,
     )
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from bitwright.errors import ModelError, PlanError, UsageError
 from bitwright.files import check_writable, write_atomically
+from bitwright.quant.graph import is_move, layers_of, loop_body
 from bitwright.quant.layers import layer_nodes, quantized_precision
 from bitwright.quant.load import Model, load
 from bitwright.quant.quantizer import fit_plan
 from bitwright.targets import Accelerator
-from bitwright.vocabulary import Precision, PrecisionPlan
+from bitwright.vocabulary import FLOAT_BITS, Precision, PrecisionPlan
 
 __all__ = ["is_study_plan", "make_plan", "plan_for", "plan_of", "resolve_plan"]
 
@@ -22,6 +23,7 @@ def make_plan(
     precision: str | Precision = "w8a8",
     layers: Mapping[str, str | Precision] | None = None,
     elementwise_bits: int = 16,
+    loop_bits: int = FLOAT_BITS,
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> PrecisionPlan:
@@ -37,6 +39,8 @@ def make_plan(
         Layer name to precision.
     elementwise_bits
         8 or 16: width of activations between operators that are no layers.
+    loop_bits
+        The same in the bodies of loops; 32 for float32.
     output
         File to write the plan to, as JSON.
     overwrite
@@ -59,7 +63,8 @@ def make_plan(
         )
     uniform = fit_plan(loaded, Precision.of(precision))
     chosen = {**uniform.layers, **{n: Precision.of(p) for n, p in (layers or {}).items()}}
-    plan = fit_plan(loaded, PrecisionPlan(layers=chosen, elementwise_bits=elementwise_bits))
+    asked = PrecisionPlan(layers=chosen, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
+    plan = fit_plan(loaded, asked)
     if path is not None:
         write_atomically(path, plan.to_json().encode())
     return plan
@@ -75,6 +80,7 @@ def resolve_plan(
     precision: str | Precision | None,
     plan: PrecisionPlan | str | Path | None,
     elementwise_bits: int | None = None,
+    loop_bits: int | None = None,
 ) -> PrecisionPlan:
     """Make the complete plan that the options of a command ask for.
 
@@ -97,9 +103,11 @@ def resolve_plan(
     if precision is not None:
         layers = fit_plan(model, Precision.of(precision)).layers
         bits = 16 if elementwise_bits is None else elementwise_bits
-        return fit_plan(model, PrecisionPlan(layers, elementwise_bits=bits))
-    if elementwise_bits is not None:
-        raise UsageError("elementwise bits are part of the plan", fix="set them there")
+        inside = FLOAT_BITS if loop_bits is None else loop_bits
+        return fit_plan(model, PrecisionPlan(layers, elementwise_bits=bits, loop_bits=inside))
+    for word, given in (("elementwise", elementwise_bits), ("loop", loop_bits)):
+        if given is not None:
+            raise UsageError(f"{word} bits are part of the plan", fix="set them there")
     if isinstance(plan, PrecisionPlan):
         return fit_plan(model, plan)
     assert plan is not None
@@ -129,6 +137,7 @@ def plan_for(
     precision: str | Precision | None,
     plan: PrecisionPlan | str | Path | None,
     elementwise_bits: int | None = None,
+    loop_bits: int | None = None,
 ) -> PrecisionPlan:
     """The plan that a float model gets on an accelerator.
 
@@ -140,7 +149,7 @@ def plan_for(
         If the plan cannot be read, does not fit the model, was made for another accelerator, or
         asks for what this one cannot do.
     """
-    complete = resolve_plan(model, precision, plan, elementwise_bits)
+    complete = resolve_plan(model, precision, plan, elementwise_bits, loop_bits)
     where = "plan" if precision is None else f"precision {precision}"
     if isinstance(plan, str | Path):
         where = str(plan)
@@ -166,6 +175,24 @@ def plan_of(model: Model) -> PrecisionPlan:
     return PrecisionPlan(
         layers={name: entry for name, entry in precisions.items() if entry is not None},
         elementwise_bits=16 if max(widths, default=8) > 8 else 8,
+        loop_bits=_loop_bits(model),
         structure_hash=model.structure_hash,
         weights_hash=model.weights_hash,
     )
+
+
+def _loop_bits(model: Model) -> int:
+    """Width of what operators other than layers read in the loops of a quantized model."""
+    layers = set(layers_of(model.graph))
+    widths = [
+        codes.dtype.bitwidth
+        for node in model.graph
+        for inner in loop_body(node) or ()
+        if inner.op_type == "QuantizeLinear"
+        for codes in inner.outputs
+        if codes.dtype is not None
+        for use in codes.uses()
+        for reader in use.node.outputs[0].uses()
+        if reader.node not in layers and not is_move(reader.node)
+    ]
+    return max(8, *widths) if widths else FLOAT_BITS

@@ -31,6 +31,7 @@ def quantize(
     per_channel: bool = True,
     asymmetric: bool = False,
     elementwise_bits: int | None = None,
+    loop_bits: int | None = None,
     batch_size: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Quantized:
@@ -62,6 +63,8 @@ def quantize(
         Whether activations with negative values get a zero point other than 0.
     elementwise_bits
         8 or 16 (default): width of activations that only elementwise operators read.
+    loop_bits
+        The same in the bodies of loops (LSTM, GRU, RNN, Scan, Loop); 32 (default) for float32.
     batch_size
         Samples of one calibration run; by default what keeps memory low.
     progress
@@ -86,7 +89,7 @@ def quantize(
             "is the float model itself, which would be lost", where=str(path), fix="choose another"
         )
     loaded = load(model)
-    complete = resolve_plan(loaded, precision, plan, elementwise_bits)
+    complete = resolve_plan(loaded, precision, plan, elementwise_bits, loop_bits)
     result = quantize_model(
         loaded,
         complete,

@@ -278,7 +278,7 @@ def _command(found: Front, stops: Mapping[str, Any]) -> str:
     parameters = inspect.signature(search_precisions).parameters
     for name in (
         "objectives metric start algorithm population offspring seed subsets samples vector_values "
-        "clip percentile elementwise_bits batch_size"
+        "clip percentile elementwise_bits loop_bits batch_size"
     ).split() + [name for name in ("generations", "evaluations", "patience") if name in stops]:
         if options[name] != parameters[name].default:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
@@ -404,6 +404,7 @@ def _drawn(found: Report) -> dict[str, Any]:
         weights_hash=front.facts.weights_hash,
         target=front.facts.target,
         elementwise_bits=front.settings.quantization.elementwise_bits,
+        loop_bits=front.settings.quantization.loop_bits,
     )
     return {
         "report": found.to_dict(),

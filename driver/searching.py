@@ -66,7 +66,7 @@ from bitwright.search.study import (
 from bitwright.search.workers import open_pool
 from bitwright.targets import Accelerator
 from bitwright.targets.cost_table import cache_file, cost_table
-from bitwright.vocabulary import Precision
+from bitwright.vocabulary import FLOAT_BITS, Precision
 
 __all__ = ["Search", "Sensitivity", "search_precisions", "sensitivity"]
 
@@ -439,6 +439,7 @@ def search_precisions(
     per_channel: bool = True,
     asymmetric: bool = False,
     elementwise_bits: int = 16,
+    loop_bits: int = FLOAT_BITS,
     batch_size: int | None = None,
     reuse_mib: int = _REUSE_BYTES >> 20,
     dry_run: bool = False,
@@ -499,7 +500,7 @@ def search_precisions(
         Values beside the weights that count as memory, at 16 bits each.
     input_shapes
         Fixes symbolic sizes of the inputs.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     reuse_mib
         Memory in which intermediate values are kept for plans that begin alike, in MiB a worker.
@@ -589,7 +590,7 @@ def search_precisions(
         vector_values=vector_values,
         input_shapes=input_shapes,
         quantization=QuantizationOptions(
-            clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+            clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
         ),
         reuse_bytes=reuse_mib << 20,
     )
@@ -898,6 +899,7 @@ def sensitivity(
     per_channel: bool = True,
     asymmetric: bool = False,
     elementwise_bits: int = 16,
+    loop_bits: int = FLOAT_BITS,
     batch_size: int | None = None,
     workers: int = 1,
     scheduler: str | None = None,
@@ -915,7 +917,7 @@ def sensitivity(
         the folder of a study, which says all that, and keeps what is found for its report.
     vector_values, input_shapes
         As in :func:`search_precisions`.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     workers, scheduler
         As in :func:`search_precisions`.
@@ -963,7 +965,7 @@ def sensitivity(
             input_shapes=input_shapes,
             subsets=1,
             quantization=QuantizationOptions(
-                clip, percentile, per_channel, asymmetric, elementwise_bits, batch_size
+                clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
             ),
         )
         prepared = _prepare(settings, loaded, progress)

@@ -167,9 +167,10 @@ def print_quantized(result: Quantized, model: Path, output: Path) -> None:
     console.print(table)
     if result.elementwise:
         worst = min(result.elementwise, key=lambda entry: entry.sqnr_db)
+        widths = sorted({entry.quantization.bits for entry in result.elementwise})
         console.print(
             f"{len(result.elementwise)} activations between operators without weights, "
-            f"{result.plan.elementwise_bits} bit; the worst, {escape(worst.name)}, has "
+            f"{' and '.join(map(str, widths))} bit; the worst, {escape(worst.name)}, has "
             f"{worst.sqnr_db:.1f} dB"
         )
     if result.float_operators:

@@ -18,6 +18,7 @@ from bitwright.errors import PlanError
 
 __all__ = [
     "BIT_WIDTHS",
+    "FLOAT_BITS",
     "Dim",
     "Layer",
     "LayerCost",
@@ -535,6 +536,10 @@ class ModelCost:
         }
 
 
+FLOAT_BITS = 32
+"""Where a number of bits may stand: float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class PrecisionPlan:
     """The precision of every layer of one model.
@@ -553,6 +558,9 @@ class PrecisionPlan:
     elementwise_bits
         Width, 8 or 16 bits, of the activations that no layer reads but integer elementwise
         operators do (residual additions, pooling averages, inputs of tables).
+    loop_bits
+        The same in the bodies of loops (LSTM, GRU, RNN, Scan, Loop): 8 or 16 bits of fixed point,
+        or 32 for float32.
     """
 
     layers: Mapping[str, Precision]
@@ -560,12 +568,18 @@ class PrecisionPlan:
     weights_hash: str | None = None
     target: str | None = None
     elementwise_bits: int = 16
+    loop_bits: int = FLOAT_BITS
     schema_version: int = field(default=PLAN_SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
         if type(self.elementwise_bits) is not int or self.elementwise_bits not in (8, 16):
             raise PlanError(
                 f"elementwise_bits is {self.elementwise_bits!r}", fix="choose 8 or 16 bits"
+            )
+        if type(self.loop_bits) is not int or self.loop_bits not in (8, 16, FLOAT_BITS):
+            raise PlanError(
+                f"loop_bits is {self.loop_bits!r}",
+                fix="choose 8 or 16 bits of fixed point, or 32 for float32",
             )
 
     def to_json(self) -> str:
@@ -576,6 +590,7 @@ class PrecisionPlan:
             "structure_hash": self.structure_hash,
             "weights_hash": self.weights_hash,
             "elementwise_bits": self.elementwise_bits,
+            "loop_bits": self.loop_bits,
             "layers": {name: str(precision) for name, precision in self.layers.items()},
         }
         return json.dumps(document, indent=2) + "\n"
@@ -627,6 +642,7 @@ class PrecisionPlan:
             "structure_hash",
             "weights_hash",
             "elementwise_bits",
+            "loop_bits",
             "layers",
         }
         if unknown := sorted(set(document) - known):
@@ -659,6 +675,7 @@ class PrecisionPlan:
                 weights_hash=document.get("weights_hash"),
                 target=document.get("target"),
                 elementwise_bits=document.get("elementwise_bits", 16),
+                loop_bits=document.get("loop_bits", FLOAT_BITS),
             )
         except PlanError as error:
             raise PlanError(error.what, where=where, fix=error.fix) from None

@@ -99,14 +99,6 @@ class LayerSummary:
     bias: str
 
 
-def _owner(value: ir.Value) -> ir.Graph:
-    """The graph that a value stands in: the main one or the body of a loop."""
-    node = value.producer()
-    owner = value.graph if node is None else node.graph
-    assert isinstance(owner, ir.Graph)
-    return owner
-
-
 def _code_dtype(quantization: TensorQuantization) -> np.dtype[Any]:
     kind = "int" if quantization.signed else "uint"
     if quantization.bits < 8:
@@ -133,10 +125,11 @@ class Emitter:
         self._chosen = chosen
         self._choices = choices
         self._per_channel = per_channel
-        self._placed: dict[tuple[ir.Value, TensorQuantization], ir.Value] = {}
+        self._current = graph  # or the body of a loop
+        self._placed: dict[tuple[ir.Graph, ir.Value, TensorQuantization], ir.Value] = {}
         self._clones: dict[tuple[ir.Node, TensorQuantization], ir.Node] = {}
         self._integer: set[ir.Node] = set()
-        self.elementwise_values: set[ir.Value] = set()
+        self.elementwise: dict[str, TensorSummary] = {}
         self.layers: list[LayerSummary] = []
 
     def run(self) -> None:
@@ -152,6 +145,8 @@ class Emitter:
             for node in self._chain(value, root):
                 inside[node] = root
         for node in nodes:
+            assert isinstance(node.graph, ir.Graph)
+            self._current = node.graph
             if node in placement.layers:
                 self._layer(node)
             elif node in inside:
@@ -159,7 +154,7 @@ class Emitter:
                 root = inside[node]
                 for index, operand in enumerate(node.inputs):
                     if operand is root:
-                        node.replace_input_with(index, self._elementwise(root))
+                        node.replace_input_with(index, self._elementwise(root, node))
             elif placement.is_integer_arithmetic(node):
                 self._integer.add(node)
                 for index in data_inputs(node):
@@ -168,7 +163,7 @@ class Emitter:
                     if constant(operand) is not None:
                         node.replace_input_with(index, self._constant(operand, node))
                     else:
-                        node.replace_input_with(index, self._elementwise(operand))
+                        node.replace_input_with(index, self._elementwise(operand, node))
             elif node in placement.biases:
                 self._integer.add(node)
 
@@ -222,17 +217,17 @@ class Emitter:
 
     # -- activations ---------------------------------------------------------------------------
 
-    def _elementwise(self, value: ir.Value) -> ir.Value:
-        self.elementwise_values.add(value)
-        entry = self._chosen[value, self._plan.elementwise_bits]
+    def _elementwise(self, value: ir.Value, user: ir.Node) -> ir.Value:
+        entry = self._chosen[value, self._placement.elementwise_bits(user, self._plan)]
+        self.elementwise[f"{entry.name} {entry.quantization}"] = entry
         return self._place(value, entry.quantization)
 
     def _place(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
         """Return ``value`` quantized and dequantized, the quantizer standing as early as it can."""
-        key = (value, quantization)
+        key = (self._current, value, quantization)
         if key not in self._placed:
             node = value.producer()
-            if node is not None and self._moves_up(node):
+            if node is not None and node.graph is self._current and self._moves_up(node):
                 clone = self._clone(node, quantization)
                 result = clone.outputs[value.index() or 0]
                 if node.op_type == "Clip":  # its bounds need not be values of codes
@@ -248,6 +243,8 @@ class Emitter:
             above = node.inputs[0]
             producer = None if above is None else above.producer()
             if producer is None or (above is not None and self._placement.table_root(above)):
+                return False
+            if producer.graph is not self._current:
                 return False
             node = producer
         return self._placement.is_hoistable(node)
@@ -275,7 +272,7 @@ class Emitter:
         for old, new in zip(node.outputs, clone.outputs, strict=True):
             new.name = f"{old.name}_dequantized"
             new.type, new.shape = old.type, old.shape
-        _owner(node.outputs[0]).insert_after(node, clone)
+        self._current.insert_after(node, clone)
         self._clones[key] = clone
         return clone
 
@@ -291,12 +288,11 @@ class Emitter:
         codes.name, codes.shape = f"{value.name}_codes", value.shape
         codes.type = ir.TensorType(ir.DataType.from_numpy(zero.dtype))
         dequantize = self._dequantize(codes, scale, zero_point, f"{value.name}_dequantized")
-        producer = value.producer()
-        owner = _owner(value)
-        if producer is None:
-            owner.insert_before(owner[0], [quantize, dequantize])
+        producer, graph = value.producer(), self._current
+        if producer is None or producer.graph is not graph:
+            graph.insert_before(graph[0], [quantize, dequantize])
         else:
-            owner.insert_after(producer, [quantize, dequantize])
+            graph.insert_after(producer, [quantize, dequantize])
         return dequantize.outputs[0]
 
     @staticmethod
@@ -330,20 +326,20 @@ class Emitter:
         zero = np.zeros(scale.shape, codes.dtype)
         zero_value = add_initializer(self._graph, f"{name}_zero_point", ir.tensor(zero))
         node = self._dequantize(value, scale_value, zero_value, f"{name}_dequantized", axis)
-        _owner(user.outputs[0]).insert_before(user, node)
+        self._current.insert_before(user, node)
         return node.outputs[0]
 
     def _constant(self, value: ir.Value, user: ir.Node) -> ir.Value:
         """A constant operand of integer arithmetic, at the elementwise bits, unclipped."""
         array = constant(value)
         assert array is not None
-        bits = self._plan.elementwise_bits
+        bits = self._placement.elementwise_bits(user, self._plan)
         codes, scale = quantize_weights(array, bits, axis=None)
         return self._stored(user, f"{value.name}_codes", codes.astype(f"int{bits}"), scale)
 
     def _quantized_constant(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
         """A constant that is concatenated to quantized values, in their codes."""
-        key = (value, quantization)
+        key = (self._current, value, quantization)
         if key not in self._placed:
             self._placed[key] = self._quantizer(value, quantization)
         return self._placed[key]

@@ -289,9 +289,7 @@ class _SlotEmitter(Emitter):
     ) -> ir.Value:
         result = node.outputs[0]
         result.name, result.shape, result.type = name, like.shape, ir.TensorType(dtype)
-        owner = user.graph  # the main graph, or the body of a loop
-        assert isinstance(owner, ir.Graph)
-        owner.insert_before(user, node)
+        self._current.insert_before(user, node)
         return result
 
 

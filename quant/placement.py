@@ -5,7 +5,9 @@
 2. Sums, products and averages of activations, and elementwise functions, that lie between layers
    get their inputs quantized at the plan's elementwise bits, so that they run in integers (a
    function becomes a table over its input codes).
-3. Outputs of the model and all other operators stay float.
+3. Operators in the body of a loop stay float, or (fixed point) get their inputs quantized at the
+   plan's loop bits where they are sums, products, averages or elementwise functions.
+4. Outputs of the model and all other operators stay float.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from bitwright.quant.graph import (
     is_clamp,
     is_move,
     layers_of,
+    loop_body,
     weight_input,
 )
 from bitwright.vocabulary import PrecisionPlan
@@ -31,15 +34,29 @@ __all__ = ["Placement"]
 
 
 class Placement:
-    """Which operators of a float graph run in integers."""
+    """Which operators of a float graph run in integers.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Parameters
+    ----------
+    graph
+        The main graph.
+    fixed_point_loops
+        Whether elementwise operators in the bodies of loops do.
+    """
+
+    def __init__(self, graph: ir.Graph, *, fixed_point_loops: bool = False) -> None:
         self.graph = graph
         self.layers = dict.fromkeys(layers_of(graph))  # in order of execution
         self.biases = dict(self._find_biases())
         self.roots = elementwise_roots(graph, excluded=self.biases)
         self._leads_to_layer = self._backward()
         self._from_layer = self._forward()
+        for body in filter(None, map(loop_body, graph)) if fixed_point_loops else ():
+            self.roots.update(elementwise_roots(body, excluded=self.biases))
+            # States lead from each step to the next, so that all lies between layers.
+            computed = {value for node in body for value in (*node.inputs, *node.outputs) if value}
+            self._leads_to_layer |= computed
+            self._from_layer |= computed
         # Found at once: whoever writes quantizers changes the graph while it asks.
         found = {value: self._find_table_root(value) for value in self.roots}
         self._table_roots = {value: root for value, root in found.items() if root is not None}
@@ -156,6 +173,10 @@ class Placement:
             and self.in_integers(node.outputs[0])
         )
 
+    def elementwise_bits(self, node: ir.Node, plan: PrecisionPlan) -> int:
+        """Bits of what an operator without weights reads, if it computes in integers."""
+        return plan.elementwise_bits if node.graph is self.graph else plan.loop_bits
+
     def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, int]]:
         """Tensors to quantize, with their bits, in order of execution."""
         found: dict[tuple[ir.Value, int], None] = {}
@@ -167,7 +188,7 @@ class Placement:
                 targets.append(value)
             elif self.is_integer_arithmetic(node):
                 for value in self.operands(node):
-                    found[value, plan.elementwise_bits] = None
+                    found[value, self.elementwise_bits(node, plan)] = None
                     targets.append(value)
         # Quantizers move in front of operators that only carry values; tables may lie behind those.
         seen: set[ir.Value] = set()
@@ -177,11 +198,12 @@ class Placement:
                 continue
             seen.add(value)
             root = self.table_root(value)
+            producer = value.producer()
             if root is not None:
-                found[root, plan.elementwise_bits] = None
+                assert producer is not None
+                found[root, self.elementwise_bits(producer, plan)] = None
                 targets.append(root)
                 continue
-            producer = value.producer()
             if producer is not None and (self.is_hoistable(producer) or is_clamp(producer)):
                 targets.extend(self.operands(producer))
         return list(found)

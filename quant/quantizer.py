@@ -32,7 +32,7 @@ from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import prepare
 from bitwright.quant.refine import LayerChoice, Refinement, measure_errors
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.vocabulary import Precision, PrecisionPlan
+from bitwright.vocabulary import FLOAT_BITS, Precision, PrecisionPlan
 
 __all__ = [
     "Calibration",
@@ -160,6 +160,7 @@ def fit_plan(
         weights_hash=model.weights_hash,
         target=plan.target,
         elementwise_bits=plan.elementwise_bits,
+        loop_bits=plan.loop_bits,
     )
 
 
@@ -206,6 +207,7 @@ def calibrate_model(
     samples: Samples,
     *,
     elementwise_bits: int = 16,
+    loop_bits: int = FLOAT_BITS,
     clip: ClipMethod = "mmse",
     percentile: float = 99.99,
     per_channel: bool = True,
@@ -223,7 +225,9 @@ def calibrate_model(
         Layer name to the precisions that may be asked for.
     samples
         Calibration data.
-    elementwise_bits, clip, percentile, per_channel, asymmetric, batch_size, progress
+    elementwise_bits, loop_bits
+        As in a plan.
+    clip, percentile, per_channel, asymmetric, batch_size, progress
         As in :func:`quantize_model`.
 
     Raises
@@ -246,11 +250,11 @@ def calibrate_model(
     probe = Observer()
     choose_quantization(probe, 8, method=clip, percentile=percentile)  # refuse bad options early
     prepare(model)
-    placement = Placement(model.graph)
+    placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS)
     wanted: dict[tuple[ir.Value, int], None] = {}
     for number in range(max(len(entry) for entry in precisions.values())):
         layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
-        plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits)
+        plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
     observers, kept = calibrate(
         model,
@@ -332,6 +336,7 @@ def quantize_model(
         {name: [precision] for name, precision in plan.layers.items()},
         samples,
         elementwise_bits=plan.elementwise_bits,
+        loop_bits=plan.loop_bits,
         clip=clip,
         percentile=percentile,
         per_channel=per_channel,
@@ -361,16 +366,11 @@ def quantize_model(
     model.ir.ir_version = max(model.ir.ir_version, 11 if model.opset >= _INT2_OPSET else 10)
     model.ir.producer_name = "bitwright"
     model.ir.metadata_props["bitwright.plan"] = plan.to_json()
-    elementwise = {
-        entry.name + str(bits): entry
-        for (value, bits), entry in chosen.items()
-        if value in emitter.elementwise_values and bits == plan.elementwise_bits
-    }
     return Quantized(
         model.to_proto(),
         plan,
         tuple(emitter.layers),
-        tuple(elementwise.values()),
+        tuple(emitter.elementwise.values()),
         tuple((str(n.name), n.op_type) for n in emitter.float_nodes() if n.graph is not None),
         model.notes,
     )

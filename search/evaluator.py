@@ -310,13 +310,13 @@ def job_for(
     run_samples = _run_samples(model, validation)
     batches, outputs = _run_float(model, validation, subsets, samples)
     expected = outputs if measure.needs == "outputs" else ()
-    elementwise_bits = options.elementwise_bits
     first = {name: entry[0] for name, entry in precisions.items()}
     found = calibrate_model(
         model,
         precisions,
         calibration,
-        elementwise_bits=elementwise_bits,
+        elementwise_bits=options.elementwise_bits,
+        loop_bits=options.loop_bits,
         clip=options.clip,
         percentile=options.percentile,
         per_channel=options.per_channel,
@@ -324,7 +324,9 @@ def job_for(
         batch_size=options.batch_size,
         progress=progress,
     )
-    plan = PrecisionPlan(first, elementwise_bits=elementwise_bits)
+    plan = PrecisionPlan(
+        first, elementwise_bits=options.elementwise_bits, loop_bits=options.loop_bits
+    )
     fake = fake_quant_model(found, plan, work=work, blocked=blocked)
     layers = tuple(precisions)
     job = EvaluationJob(

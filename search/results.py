@@ -49,4 +49,5 @@ class QuantizationOptions:
     per_channel: bool = True
     asymmetric: bool = False
     elementwise_bits: int = 16
+    loop_bits: int = 32
     batch_size: int | None = None
