@@ -131,13 +131,14 @@ class Layer:
     batch
         Images per run (conv), rows of the input matrix (matmul), sequences (recurrent).
     in_channels, out_channels
-        Channels of input and output (conv); features (matmul).
+        Channels of input and output (conv); features (matmul, recurrent).
     kernel, stride, dilation
         One number a spatial dimension; empty for matmul.
     output
         Spatial size of the output; empty for matmul.
     groups
-        Groups of a convolution; 1 for matmul.
+        Groups of a convolution; directions of a recurrence, whose features are those of all; 1 for
+        matmul.
     steps
         Steps of a recurrence, which cannot run at the same time; 1 for the other kinds.
     reads_graph_input
@@ -235,24 +236,32 @@ class Layer:
         out_features: int,
         steps: int,
         batch: int = 1,
+        groups: int = 1,
         name: str = "recurrent",
     ) -> Layer:
         """Describe the matrix products of a recurrence, one a step, each waiting for the last.
 
+        The directions of a bidirectional one are groups; features are those of all groups.
+
         Raises
         ------
         ValueError
-            If a number is not positive.
+            If a number is not positive or the groups do not divide the features.
         """
-        in_features, out_features, steps, batch = _numbers(
-            "features, steps and batch", (in_features, out_features, steps, batch), 4
+        in_features, out_features, steps, batch, groups = _numbers(
+            "features, steps, batch and groups",
+            (in_features, out_features, steps, batch, groups),
+            5,
         )
+        if in_features % groups or out_features % groups:
+            raise ValueError(f"{groups} groups do not divide {in_features} and {out_features}")
         return cls(
             name=name,
             kind="recurrent",
             batch=batch,
             in_channels=in_features,
             out_channels=out_features,
+            groups=groups,
             steps=steps,
         )
 

@@ -22,6 +22,7 @@ from bitwright.passes.expressions import (
     LAYER_OPERATORS,
     bindings,
     calls,
+    constant,
     has_branches,
     is_layer,
     is_move,
@@ -32,10 +33,12 @@ from bitwright.passes.expressions import (
 )
 from bitwright.passes.ops import SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
+from bitwright.passes.partition_for_target import PRECISIONS
 from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
 from bitwright.targets.codegen import CODEGEN, ISAS, read_layer
 from bitwright.targets.kernels.host import detect, target
+from bitwright.vocabulary import Precision
 
 __all__ = ["Built", "CompiledLayer", "HostOperator", "PassReport", "build"]
 
@@ -180,11 +183,14 @@ def build(
         _dump(dump_ir / "0-import.txt", module)
     layers: tuple[CompiledLayer, ...] = ()
     host_operators = None
+    in_loops: dict[str, list[CompiledLayer]] = {}
     for name, step in steps.items():
+        if name == "lower-scan":
+            in_loops = _layers_in_loops(module)
         if name in ("lower-scan", "schedule-floats") and host_operators is None:
             host_operators = _host_operators(module)  # from here on, floats become kernels
         if name == "pack-weights":  # which lets equal layers share a function
-            layers = _layers(module, kernels=step.kernels)
+            layers = _layers(module, in_loops, kernels=step.kernels)
         if progress is not None:
             progress(name)
         start = time.perf_counter()
@@ -314,10 +320,43 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
     )
 
 
-def _layers(module: Any, *, kernels: bool) -> tuple[CompiledLayer, ...]:
-    found = {}
+def _layers_in_loops(module: Any) -> dict[str, list[CompiledLayer]]:
+    """Products of codes with constant weights in the bodies of loops, by the loop's ONNX node."""
+    precisions = module.get_attr(PRECISIONS) or {}
+    found: dict[str, list[CompiledLayer]] = {}
+    for loop in scans(module):
+        bound = bindings(module[loop.args[0]])
+        for call in bound.values():
+            if operator(call) != "matmul" or not str(call.ty.dtype).startswith("int"):
+                continue
+            wide = bound.get(call.args[1])
+            weights = constant(wide.args[0]) if operator(wide) == "astype" else None
+            text = precisions.get(node_name(call))
+            if weights is None or text is None:
+                continue
+            precision = Precision.parse(str(text))
+            layer = CompiledLayer(
+                node_name(call),
+                "matmul",
+                precision.weight_bits,
+                precision.activation_bits,
+                int(str(call.ty.dtype).removeprefix("int")),
+                True,
+                weights.size,
+                -(-precision.weight_bits * weights.size // 8),
+            )
+            found.setdefault(node_name(loop), []).append(layer)
+    return found
+
+
+def _layers(
+    module: Any, in_loops: dict[str, list[CompiledLayer]], *, kernels: bool
+) -> tuple[CompiledLayer, ...]:
+    found: dict[str, list[CompiledLayer]] = {}
     for name, function in _relax_functions(module):
         if not is_layer(function):
+            if function.attrs and "node" in function.attrs:  # a kernel with a loop
+                found[name] = in_loops.get(str(function.attrs["node"]), [])
             continue
         attrs = function.attrs
         products = [
@@ -330,7 +369,7 @@ def _layers(module: Any, *, kernels: bool) -> tuple[CompiledLayer, ...]:
             shapes = [argument.ty.shape for argument in sums.args]
             static = [s for s in shapes if all(hasattr(dim, "value") for dim in s)]
             weights = math.prod(int(dim.value) for dim in static[-1])
-        found[name] = CompiledLayer(
+        layer = CompiledLayer(
             str(attrs["layer"]),
             str(attrs["Composite"]).removeprefix("bitwright."),
             bits,
@@ -340,14 +379,16 @@ def _layers(module: Any, *, kernels: bool) -> tuple[CompiledLayer, ...]:
             weights,
             -(-bits * weights // 8),
         )
+        found[name] = [layer]
     # In the order in which main calls them.
-    order = [
-        value.op.name_hint
-        for value in bindings(module["main"]).values()
-        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
-    ]
+    order = []
+    for call in calls(module["main"]):
+        if isinstance(call.op, tvm.ir.GlobalVar):
+            order += found.get(call.op.name_hint, [])
+        elif operator(call) == SCAN:  # it stays one, and TVM makes the code of its body
+            order += [replace(layer, kernel=False) for layer in in_loops.get(node_name(call), [])]
     # A layer whose sums are used in several ways has a function for each; it is one layer.
-    layers = {found[name].name: found[name] for name in reversed(order) if name in found}
+    layers = {layer.name: layer for layer in reversed(order)}
     return tuple(reversed(layers.values()))
 
 

@@ -218,8 +218,8 @@ def problem_of(layer: Layer, im2col: bool | None) -> tuple[Problem, int]:
     assert layer.batch is not None
     assert layer.steps is not None
     if layer.kind != "conv":
-        size = (layer.batch, 1, 1, layer.in_channels, layer.out_channels)
-        return Problem(*size), layer.steps
+        features = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        return Problem(layer.batch, 1, 1, *features), layer.groups * layer.steps
     *slices, height, width = (1, *(size for size in layer.output if size is not None))
     depth, *kernel = _last_two(layer.kernel)
     problem = Problem(
