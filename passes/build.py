@@ -329,7 +329,7 @@ def _layers_in_loops(module: Any) -> dict[str, list[CompiledLayer]]:
         for call in bound.values():
             if operator(call) != "matmul" or not str(call.ty.dtype).startswith("int"):
                 continue
-            wide = bound.get(call.args[1])
+            wide: Any = bound.get(call.args[1])
             weights = constant(wide.args[0]) if operator(wide) == "astype" else None
             text = precisions.get(node_name(call))
             if weights is None or text is None:

@@ -25,6 +25,7 @@ from bitwright.quant.graph import (
     data_inputs,
     is_clamp,
     is_move,
+    loop_body,
     weight_input,
 )
 from bitwright.quant.observers import TensorQuantization, quantize_weights
@@ -166,6 +167,17 @@ class Emitter:
                         node.replace_input_with(index, self._elementwise(operand, node))
             elif node in placement.biases:
                 self._integer.add(node)
+            self._leaving(node)
+
+    def _leaving(self, node: ir.Node) -> None:
+        """Quantize what leaves the body of a loop in fixed point."""
+        body = loop_body(node)
+        for number, value in enumerate(body.outputs if body is not None else ()):
+            if value in self._placement.leaving:
+                assert body is not None
+                self._current = body
+                entry = self._chosen[value, self._plan.loop_bits]
+                body.outputs[number] = self._place(value, entry.quantization)
 
     def float_nodes(self) -> list[ir.Node]:
         """Nodes that neither run in integers nor only carry or clamp values between those."""

@@ -5,19 +5,21 @@
 2. Sums, products and averages of activations, and elementwise functions, that lie between layers
    get their inputs quantized at the plan's elementwise bits, so that they run in integers (a
    function becomes a table over its input codes).
-3. Operators in the body of a loop stay float, or (fixed point) get their inputs quantized at the
-   plan's loop bits where they are sums, products, averages or elementwise functions.
+3. Operators in the body of a loop stay float. With fixed point, the inputs of those that are sums,
+   products, averages or elementwise functions are quantized at the plan's loop bits, and so is what
+   leaves the body: new states and outputs.
 4. Outputs of the model and all other operators stay float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx_ir as ir
 
 from bitwright.quant.graph import (
     all_nodes,
+    attribute,
     constant,
     data_inputs,
     elementwise_roots,
@@ -31,6 +33,21 @@ from bitwright.quant.graph import (
 from bitwright.vocabulary import PrecisionPlan
 
 __all__ = ["Placement"]
+
+
+def _loops(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
+    for node in graph:
+        body = loop_body(node)
+        if body is not None:
+            yield node, body
+
+
+def _states(node: ir.Node, body: ir.Graph) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+    """States at the start of a step of a Scan or Loop, and at its end."""
+    if node.op_type == "Loop":  # the number of the step and the condition come first
+        return body.inputs[2:], body.outputs[1 : len(body.inputs) - 1]
+    count = len(body.inputs) - attribute(node, "num_scan_inputs")
+    return body.inputs[:count], body.outputs[:count]
 
 
 class Placement:
@@ -51,10 +68,17 @@ class Placement:
         self.roots = elementwise_roots(graph, excluded=self.biases)
         self._leads_to_layer = self._backward()
         self._from_layer = self._forward()
-        for body in filter(None, map(loop_body, graph)) if fixed_point_loops else ():
+        #: What leaves bodies of loops in fixed point, and the state it becomes in the next step.
+        self.leaving: dict[ir.Value, ir.Value | None] = {}
+        for node, body in _loops(graph) if fixed_point_loops else ():
+            states, new = _states(node, body)
+            becomes = dict(zip(new, states, strict=True))
+            for value in body.outputs:
+                if value.producer() is not None and value.dtype == ir.DataType.FLOAT:
+                    self.leaving[value] = becomes.get(value)
             self.roots.update(elementwise_roots(body, excluded=self.biases))
             # States lead from each step to the next, so that all lies between layers.
-            computed = {value for node in body for value in (*node.inputs, *node.outputs) if value}
+            computed = {v for inner in body for v in (*inner.inputs, *inner.outputs) if v}
             self._leads_to_layer |= computed
             self._from_layer |= computed
         # Found at once: whoever writes quantizers changes the graph while it asks.
@@ -178,18 +202,25 @@ class Placement:
         return plan.elementwise_bits if node.graph is self.graph else plan.loop_bits
 
     def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, int]]:
-        """Tensors to quantize, with their bits, in order of execution."""
+        """Tensors to quantize, with their bits."""
+        layers = {
+            (self.layer_input(node), plan.layers[str(node.name)].activation_bits): None
+            for node in self.layers
+        }
+        return list({**layers, **self.wanted_elementwise(plan)})
+
+    def wanted_elementwise(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, int], None]:
+        """Those that operators without weights read, or that leave a loop in fixed point."""
         found: dict[tuple[ir.Value, int], None] = {}
-        targets: list[ir.Value] = []
+        targets = [self.layer_input(node) for node in self.layers]
         for node in all_nodes(self.graph):
-            if node in self.layers:
-                value = self.layer_input(node)
-                found[value, plan.layers[str(node.name)].activation_bits] = None
-                targets.append(value)
-            elif self.is_integer_arithmetic(node):
+            if node not in self.layers and self.is_integer_arithmetic(node):
                 for value in self.operands(node):
                     found[value, self.elementwise_bits(node, plan)] = None
                     targets.append(value)
+        for value in self.leaving:
+            found[value, plan.loop_bits] = None
+            targets.append(value)
         # Quantizers move in front of operators that only carry values; tables may lie behind those.
         seen: set[ir.Value] = set()
         while targets:
@@ -206,7 +237,7 @@ class Placement:
                 continue
             if producer is not None and (self.is_hoistable(producer) or is_clamp(producer)):
                 targets.extend(self.operands(producer))
-        return list(found)
+        return found
 
     def is_hoistable(self, node: ir.Node) -> bool:
         """Whether a quantizer behind the node may stand in front of it instead."""

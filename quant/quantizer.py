@@ -252,10 +252,12 @@ def calibrate_model(
     prepare(model)
     placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS)
     wanted: dict[tuple[ir.Value, int], None] = {}
+    elementwise: set[tuple[str, int]] = set()
     for number in range(max(len(entry) for entry in precisions.values())):
         layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
         plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
+        elementwise.update((str(v.name), bits) for v, bits in placement.wanted_elementwise(plan))
     observers, kept = calibrate(
         model,
         [value for value, _ in wanted],
@@ -274,6 +276,11 @@ def calibrate_model(
         )
         for value, bits in wanted
     }
+    for new, old in placement.leaving.items():  # a state keeps its codes from step to step
+        pair = [(str(v.name), loop_bits) for v in (new, old) if v is not None]
+        if all(key in quantizations for key in pair):
+            widest = max((quantizations[key] for key in pair), key=lambda q: (q.signed, q.scale))
+            quantizations.update(dict.fromkeys(pair, widest))
     refinement = None
     if clip != "minmax":
         refinement = measure_errors(
@@ -284,7 +291,8 @@ def calibrate_model(
             precisions,
             kept,
             per_channel=per_channel,
-            activations=clip == "mmse",
+            # Operators without weights read what the histogram suggests, at any plan.
+            fixed=set(quantizations) if clip != "mmse" else elementwise,
             progress=progress,
         )
     return Calibration(model, placement, observers, quantizations, refinement, per_channel)

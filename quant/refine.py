@@ -21,7 +21,7 @@ bits, on those).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -378,7 +378,7 @@ def measure_errors(
     kept: Sequence[Batch],
     *,
     per_channel: bool,
-    activations: bool,
+    fixed: Collection[tuple[str, int]],
     progress: ProgressCallback | None = None,
 ) -> Refinement:
     """Measure on recorded samples what candidate scales do to the output of each layer.
@@ -399,8 +399,8 @@ def measure_errors(
         Samples to run, in batches that fit memory.
     per_channel
         Whether output channels have weight scales of their own.
-    activations
-        Whether the scales of activations are chosen here too; otherwise they stay.
+    fixed
+        Activations, by name and bits, whose scales stay as they are.
     progress
         Called with the samples done and in total.
     """
@@ -415,7 +415,9 @@ def measure_errors(
         for bits in sorted({entry.activation_bits for entry in precisions[name]} - {16}):
             key = (data, bits)
             if key not in found._activations:
-                scales = _scale_candidates(observers[data], quantizations[key], several=activations)
+                scales = _scale_candidates(
+                    observers[data], quantizations[key], several=key not in fixed
+                )
                 found._activations[key] = {scale: {} for scale in scales}
             for errors in found._activations[key].values():
                 errors[name] = _Error(removable=probe.shiftable)
