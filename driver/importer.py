@@ -39,6 +39,7 @@ from bitwright.quant.graph import (
     data_inputs,
     elementwise_roots,
     is_move,
+    loop_body,
 )
 from bitwright.quant.layers import layer_nodes, quantized_precision
 from bitwright.quant.load import Model
@@ -329,7 +330,12 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         self._folded: dict[ir.Value, Array] = {}
         self._stored: dict[ir.Value, _Stored] = {}
         self._indices: dict[ir.Value, _Expr] = {}
-        self._functions, self._codes = _functions_of_codes(model.graph)
+        self._functions: dict[ir.Value, ir.Value] = {}
+        self._codes: dict[ir.Value, TensorQuantization] = {}
+        for graph in (model.graph, *filter(None, map(loop_body, model.graph))):
+            functions, codes = _functions_of_codes(graph)
+            self._functions.update(functions)
+            self._codes.update(codes)
         self._bodies: dict[Any, Any] = {}  # global variable of a loop's body to its function
 
     def run(self) -> Any:
@@ -799,8 +805,10 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
     def run_body(self, graph: ir.Graph, inputs: Sequence[_Expr]) -> list[_Expr]:
         """Convert a body; return the values of its outputs."""
         self._exprs.update(zip(graph.inputs, inputs, strict=True))
+        live = _live_nodes(graph, self._functions)
         for node in graph:
-            self._node(node)
+            if node in live:
+                self._node(node)
         self.bb.start("")
         return [self.expr(value) for value in graph.outputs]
 
