@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from bitwright.quant.load import load
 
 _OPSET = 21
 
@@ -244,3 +248,83 @@ def noise(model: onnx.ModelProto, **sizes: int) -> dict[str, NDArray[np.float32]
         values = generator.standard_normal(shape).astype(np.float32)
         found[value.name] = np.log1p(np.exp(values - 2)) if value.name == "delta" else values
     return found
+
+
+def quantized(
+    model: onnx.ModelProto,
+    *,
+    weight_bits: int = 8,
+    state: str = "int8",
+    zero_point: int = 0,
+    inputs: bool = True,
+) -> onnx.ModelProto:
+    """Write the recurrences of a model out, and quantize their products.
+
+    Parameters
+    ----------
+    model
+        A float model whose hidden states lie in (-1, 1).
+    weight_bits
+        2, 4, 8 or 16; one scale a column.
+    state
+        Type of the codes of the state; they cover (-1, 1).
+    zero_point
+        Of these.
+    inputs
+        Whether the products of the inputs are quantized too: 8 bits, from -4 to 4.
+    """
+    loaded = load(model).ir
+    for node in list(loaded.graph.all_nodes()):
+        if node.op_type != "MatMul":
+            continue
+        if "/recurrent" in str(node.name):
+            low, high = np.iinfo(state).min, np.iinfo(state).max
+            reach = max(high - zero_point, zero_point - low) if zero_point else high
+            _quantize_product(loaded.graph, node, weight_bits, state, zero_point, 1.0 / reach)
+        elif inputs:
+            _quantize_product(loaded.graph, node, 8, "int8", 0, 4.0 / 127)
+    return ir.to_proto(loaded)
+
+
+def _quantize_product(
+    main: ir.Graph, node: ir.Node, bits: int, dtype: str, zero_point: int, scale: float
+) -> None:
+    """Put quantizers in front of a product; its weights become codes of the main graph."""
+    graph, (data, weights) = node.graph, node.inputs
+    assert isinstance(graph, ir.Graph)
+    assert data is not None
+    assert weights is not None
+    array = weights.const_value.numpy() if weights.const_value is not None else None
+    assert array is not None
+
+    def constant(word: str, values: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
+        name = f"{node.name}/{word}"
+        value = ir.Value(name=name, const_value=ir.tensor(values, dtype=kind, name=name))
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        main.register_initializer(value)
+        return value
+
+    most = 2 ** (bits - 1) - 1
+    steps = (np.abs(array).max(axis=tuple(range(array.ndim - 1))) / most).astype(np.float32)
+    codes = np.clip(np.rint(array / steps), -most - 1, most)
+    storage = ml_dtypes.int2 if bits == 2 else ml_dtypes.int4 if bits == 4 else f"int{bits}"
+    made = []
+
+    def add(op: str, word: str, *inputs: ir.Value, **options: Any) -> ir.Value:
+        value = ir.Value(name=f"{node.name}/{word}")
+        made.append(ir.node(op, inputs, options, outputs=[value], name=value.name))
+        return value
+
+    parameters = (
+        constant("data_scale", np.float32(scale)),
+        constant("data_zero_point", np.array(zero_point, dtype)),
+    )
+    quantized = add("QuantizeLinear", "quantized", data, *parameters)
+    node.replace_input_with(0, add("DequantizeLinear", "data", quantized, *parameters))
+    stored = constant("codes", codes.astype(storage))
+    column = constant("weight_scale", steps)
+    axis = array.ndim - 1
+    node.replace_input_with(1, add("DequantizeLinear", "weights", stored, column, axis=axis))
+    graph.insert_before(node, made)
+    if not weights.uses():
+        del main.initializers[str(weights.name)]

@@ -36,8 +36,8 @@ from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
 from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
-from bitwright.targets.codegen import CODEGEN, ISAS, read_layer
-from bitwright.targets.kernels.host import detect, target
+from bitwright.targets.codegen import CODEGEN, read_layer
+from bitwright.targets.kernels.host import find, target
 from bitwright.vocabulary import Precision
 
 __all__ = ["Built", "CompiledLayer", "HostOperator", "PassReport", "build"]
@@ -175,8 +175,8 @@ def build(
         raise RunError(
             "the module has no function main", fix="import a model, or name its entry so"
         )
-    steps = pipeline.create(target=accelerator.name)
-    isa = ISAS[steps["pack-weights"].isa] if steps["pack-weights"].isa else detect()
+    isa = find(str(pipeline.options["pack-weights"].get("isa", "")))
+    steps = pipeline.create(target=accelerator.name, isa=isa.name)
     reports = []
     if dump_ir is not None:
         dump_ir.mkdir(exist_ok=True)

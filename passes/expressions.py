@@ -22,6 +22,7 @@ __all__ = [
     "CallRewriter",
     "Quantizer",
     "Sizes",
+    "along",
     "as_block",
     "bindings",
     "calls",
@@ -222,6 +223,15 @@ def quantizer(expr: Any, kind: str) -> Quantizer | None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
     codes = zero_point.astype(np.int64)
     return Quantizer(expr.args[0], scale, codes, int(expr.attrs.axis), dtype)
+
+
+def along(array: Array, axis: int, rank: int) -> Array:
+    """Shape a vector so that it broadcasts along one axis."""
+    if array.size == 1:
+        return array.reshape(())
+    shape = [1] * rank
+    shape[axis % rank] = -1
+    return array.reshape(shape)
 
 
 def static_shape(expr: Any) -> list[int | None] | None:

@@ -28,15 +28,19 @@ from bitwright.passes.expressions import (
     Array,
     CallRewriter,
     Sizes,
+    along,
     as_block,
     constant,
     global_variable,
     node_name,
     operator,
+    quantizer,
     scalar,
 )
-from bitwright.targets.kernels import emit, float_matmul, functions
+from bitwright.targets.kernels import code_matmul, emit, float_matmul, functions
+from bitwright.targets.kernels.host import Isa, find
 from bitwright.targets.kernels.recurrence import Recurrence, Value, kernel, ordered
+from bitwright.targets.kernels.spec import Codes
 
 __all__ = ["RECURRENCE", "LowerScan"]
 
@@ -110,6 +114,7 @@ _BINARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "floor_mod": (lambda a, b, _: _floor_mod(a, b), 3),
     "greater": (lambda a, b, _: a > b, 1),
     "greater_equal": (lambda a, b, _: a >= b, 1),
+    "left_shift": (lambda a, b, _: T.shift_left(a, b), 1),
     "less": (lambda a, b, _: a < b, 1),
     "less_equal": (lambda a, b, _: a <= b, 1),
     "logical_and": (lambda a, b, lanes: T.Select(a, b, _false(lanes)), 1),
@@ -161,11 +166,13 @@ class _OtherForm(Exception):
 class _Reader:
     """Reads the body of a scan."""
 
-    def __init__(self, body: Any, captured: Sequence[Any], states: int) -> None:
+    def __init__(self, body: Any, captured: Sequence[Any], states: int, isa: Isa) -> None:
         self._body = body
+        self._isa = isa
         self._sizes: dict[Any, Any] = {}
         self._values: dict[Any, Any] = {}  # a list of values for a tuple
         self._known: dict[Value, Array] = {}
+        self._ranges: dict[Value, tuple[int, int]] = {}  # of integers, narrower than their type
         self.arguments: dict[Value, Any] = {}
         self._weights: dict[Value, Value] = {}
         self._stacks: dict[Value, tuple[int, list[Value]]] = {}  # axis, and what is stacked
@@ -238,13 +245,20 @@ class _Reader:
         return value
 
     def _as_weights(self, value: Value) -> Value | None:
-        """The weights of a product, in the kernel's layout; None if they are computed."""
+        """The weights of a product, in the kernel's layout; None if it cannot take them."""
         array = self._known.get(value)
-        if array is None or array.dtype != np.float32:
+        if array is None or array.dtype == np.float64:
             return None
+        if array.dtype != np.float32:
+            dtypes = [t for t in ("int8", "int16") if _fits((array.min(), array.max()), t)]
+            if not dtypes:
+                return None
+            array = array.astype(dtypes[0])
         if value not in self._weights:
-            self._weights[value] = weights = Value("captured", value.shape, value.dtype)
-            self.arguments[weights] = relax.const(float_matmul.pack(array), "float32")
+            dtype = array.dtype.name
+            self._weights[value] = weights = Value("captured", value.shape, dtype)
+            pack = float_matmul.pack if dtype == "float32" else code_matmul.pack
+            self.arguments[weights] = relax.const(pack(array), dtype)
         return self._weights[value]
 
     def _shape(self, expr: Any) -> tuple[Any, ...]:
@@ -286,7 +300,10 @@ class _Reader:
         ]
         if name in _UNARY or name in _BINARY:
             function, cost = (_UNARY if len(operands) == 1 else _BINARY)[name]
-            return self._map(call, function, cost, operands)
+            result = self._map(call, function, cost, operands)
+            if name == "subtract" and operands[1].kind == "constant":
+                self._shift_range(result, operands[0], -operands[1].detail)
+            return result
         rule = getattr(self, "_" + name.replace(".", "_"), None)
         if rule is None:
             raise _OtherForm(f"it holds {name or 'a call of a function'}")
@@ -299,13 +316,19 @@ class _Reader:
         return self._map(call, lambda c, a, b, _: T.Select(c, a, b), 1, list(operands))
 
     def _astype(self, call: Any, data: Value) -> Value:
-        return self._map(call, _cast(data.dtype, self._dtype(call)), 0, [data])
+        array, dtype = self._known.get(data), self._dtype(call)
+        if array is not None and array.dtype.kind in "iu":
+            return self._constant(array.astype(dtype))
+        result = self._map(call, _cast(data.dtype, dtype), 0, [data])
+        self._shift_range(result, data, 0)
+        return result
 
     def _clip(self, call: Any, data: Value) -> Value:
         low, high = (scalar(entry) for entry in call.args[1:])
         if low is None or high is None:
             raise _OtherForm("the bounds of a clip are computed")
-        bounds = float(low), float(high)
+        number = float if data.dtype.startswith("float") else int
+        bounds = number(low), number(high)
 
         def function(x: Expr, lanes: int) -> Expr:
             least, most = (emit.constant(bound, data.dtype, lanes) for bound in bounds)
@@ -321,6 +344,84 @@ class _Reader:
             return T.Select(x < zero, x * emit.constant(slope, data.dtype, lanes), x)
 
         return self._map(call, function, 1, [data])
+
+    # -- codes -------------------------------------------------------------------------------------
+
+    def _range(self, value: Value) -> tuple[int, int]:
+        """Bounds of integers."""
+        limits = np.iinfo(value.dtype)
+        return self._ranges.get(value, (int(limits.min), int(limits.max)))
+
+    def _shift_range(self, result: Value, data: Value, step: float) -> None:
+        """Note the bounds of integers that have become others, if nothing wraps around."""
+        if not result.dtype.startswith(("int", "uint")) or not data.dtype.startswith(
+            ("int", "uint")
+        ):
+            return
+        low, high = (bound + int(step) for bound in self._range(data))
+        if _fits((low, high), result.dtype):
+            self._ranges[result] = low, high
+
+    def _quantize(self, call: Any, data: Value, *_: Value) -> Value:
+        found = quantizer(call, "quantize")
+        if found is None or not found.per_tensor or found.dtype not in _CODES:
+            raise _OtherForm("a quantizer has parameters for each channel, or computed ones")
+        low, high = np.iinfo(found.dtype).min, np.iinfo(found.dtype).max
+        output = _codes(found.dtype, int(found.zero_point), int(low), int(high))
+        scale = float(found.scale)
+
+        def function(x: Expr, lanes: int) -> Expr:
+            steps = x / emit.constant(scale, "float32", lanes)
+            return emit.to_codes(output, self._isa, steps, lanes)
+
+        return self._map(call, function, 8, [data])
+
+    def _dequantize(self, call: Any, data: Value, *_: Value) -> Value:
+        found = quantizer(call, "dequantize")
+        if found is None:
+            raise _OtherForm("a quantizer has computed parameters")
+        rank = len(data.shape)
+        scale, zero_point = (
+            along(array, found.axis, rank) for array in (found.scale, found.zero_point)
+        )
+        codes = self._known.get(data)
+        if codes is not None:
+            return self._constant((codes - zero_point).astype(np.float32) * scale)
+
+        def function(x: Expr, zero: Expr, step: Expr, lanes: int) -> Expr:
+            centred = emit.cast(x, "int32", lanes) - zero
+            return emit.cast(centred, "float32", lanes) * step
+
+        operands = [data, self._constant(zero_point.astype(np.int32)), self._constant(scale)]
+        return self._map(call, function, 1, operands)
+
+    def _bitwright_requantize(self, call: Any, sums: Value, multiplier: Value) -> Value:
+        attrs = call.attrs
+        low, high, zero_point = (int(attrs[name]) for name in ("low", "high", "zero_point"))
+        output = _codes(str(attrs["dtype"]), zero_point, low, high, str(attrs["form"]))
+        result = self._map(
+            call,
+            lambda x, factor, lanes: emit.requantize(output, self._isa, x, factor, lanes),
+            6,
+            [sums, multiplier],
+        )
+        self._ranges[result] = low, high
+        return result
+
+    def _looked_up(self, call: Any, table: Value, places: Value) -> Value:
+        """Elements of a constant vector at computed places."""
+        last = int(table.shape[0]) - 1
+        low, high = self._range(places)
+        if low < 0 or high > last:
+            if str(call.attrs.mode) != "clip":
+                raise _OtherForm("it takes elements at places that may not exist")
+
+            def function(x: Expr, lanes: int) -> Expr:
+                ends = (emit.constant(end, places.dtype, lanes) for end in (0, last))
+                return T.min(T.max(x, next(ends)), next(ends))
+
+            places = Value("map", places.shape, places.dtype, (places,), function, 1)
+        return Value("lookup", self._shape(call), table.dtype, (table, places), None, 8)
 
     # -- moves -------------------------------------------------------------------------------------
 
@@ -352,9 +453,11 @@ class _Reader:
             steps[axis] = stride
         return Value("slice", shape, data.dtype, (data,), (starts, steps))
 
-    def _take(self, call: Any, data: Value, _indices: Value) -> Value:
+    def _take(self, call: Any, data: Value, indices: Value) -> Value:
         array = constant(call.args[1])
         axis = call.attrs.axis
+        if array is None and data in self._known and len(data.shape) == 1:
+            return self._looked_up(call, data, indices)
         if array is None or axis is None or array.ndim > 1:
             raise _OtherForm("it takes elements at computed places")
         axis = int(axis) % len(data.shape)
@@ -488,10 +591,8 @@ class _Reader:
         rows, columns = left.shape[-2], right.shape[-1]
         leading = shape[: len(shape) - (not vector[0]) - (not vector[1])]
         whole = (*leading, rows, columns)
-        weights = self._as_weights(right)
-        if weights is not None:
-            result = Value("product", whole, left.dtype, (left, weights))
-        else:
+        result = self._product(left, right, whole)
+        if result is None:
             # Columns and what is summed over are the last two axes.
             order = [*range(len(right.shape) - 2), len(right.shape) - 1, len(right.shape) - 2]
             turned = Value(
@@ -505,6 +606,53 @@ class _Reader:
             )
             result = Value("reduce", whole, left.dtype, (terms,), (len(whole),), "sum")
         return _reshaped(result, shape)
+
+    def _product(self, left: Value, right: Value, shape: tuple[Any, ...]) -> Value | None:
+        """A product with constant weights; None where no kernel takes such operands."""
+        weights = self._as_weights(right)
+        if weights is None or weights.dtype == "float32":
+            return weights and Value("product", shape, left.dtype, (left, weights))
+        # Codes become int16. Where their zero point does not allow for it, another number is
+        # subtracted, and the sums are corrected.
+        low, high = self._range(left)
+        if high - low >= 2**16:
+            return None
+        offset = 0 if _fits((low, high), "int16") else low + 2**15
+
+        def centred(x: Expr, lanes: int) -> Expr:
+            return emit.cast(x - emit.constant(offset, left.dtype, lanes), "int16", lanes)
+
+        codes = Value("map", left.shape, "int16", (left,), centred, 1)
+        depth = int(weights.shape[-2])
+        if depth % 2:  # codes are read in pairs
+            column = (*left.shape[:-1], 1)
+            zero = Value("broadcast", column, "int16", (Value("constant", (), "int16", (), 0),))
+            even = (*left.shape[:-1], depth + 1)
+            codes = Value("concat", even, "int16", (codes, zero), len(even) - 1)
+        product = Value("product", shape, left.dtype, (codes, weights))
+        if not offset:
+            return product
+        bits = 64 if left.dtype == "int64" else 32
+        sums = self._known[right].astype(np.int64).sum(axis=-2, keepdims=True) * offset
+        correction = self._constant(sums.astype(left.dtype))
+
+        def corrected(x: Expr, more: Expr, lanes: int) -> Expr:
+            return emit.wrapping("add", x, more, lanes, bits)  # type: ignore[arg-type]
+
+        return Value("map", shape, left.dtype, (product, correction), corrected, 1)
+
+
+_CODES = ("int8", "uint8", "int16", "uint16")
+
+
+def _codes(dtype: str, zero_point: int, low: int, high: int, form: str = "float") -> Codes:
+    return Codes(dtype, zero_point, low, high, form)  # type: ignore[arg-type]  # names out of the IR
+
+
+def _fits(bounds: tuple[int, int], dtype: str) -> bool:
+    """Whether numbers between bounds are of a type."""
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= bounds[0] and bounds[1] <= limits.max)
 
 
 def _reshaped(value: Value, shape: tuple[Any, ...]) -> Value:
@@ -532,8 +680,9 @@ def _integers(expr: Any) -> list[int]:
 class _Lowering:
     """Lowers the scans of one module."""
 
-    def __init__(self, mod: Any) -> None:
+    def __init__(self, mod: Any, isa: Isa) -> None:
         self._mod = mod
+        self._isa = isa
         self.functions: dict[Any, Any] = {}
 
     def __call__(self, rewriter: CallRewriter, call: Any, var: Any) -> Any:
@@ -545,11 +694,11 @@ class _Lowering:
             value if constant(value) is not None else given
             for value, given in zip(arguments, captured.fields, strict=True)
         ]
-        reader = _Reader(self._mod[body], arguments, len(states.fields))
+        reader = _Reader(self._mod[body], arguments, len(states.fields), self._isa)
         try:
             step = reader.read()
             length = tirx.Var("steps", "int64")
-            primitive = kernel(step, "recurrence", length)
+            primitive = kernel(step, "recurrence", length, self._isa)
         except (_OtherForm, UsageError):
             return call
         given = [*(reader.arguments[value] for value in step.captured)]
@@ -597,11 +746,25 @@ class LowerScan:
     Requires: loops as calls of ``bitwright.scan``. Ensures: a loop that a kernel computes is a call
     of a private function with the attributes ``Composite`` (``bitwright.recurrence``) and ``node``
     (the ONNX node), whose body calls the kernel.
+
+    Parameters
+    ----------
+    isa
+        Instruction set of the kernels: ``avx2`` or ``generic``; empty for the best of this machine.
+
+    Raises
+    ------
+    UsageError
+        If there is no such instruction set.
     """
+
+    def __init__(self, isa: str = "") -> None:
+        self.isa = isa
+        find(isa)
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite every Relax function."""
-        lowering = _Lowering(mod)
+        lowering = _Lowering(mod, find(self.isa))
         for variable, function in mod.functions_items():
             if isinstance(function, relax.Function):
                 mod[variable] = CallRewriter(mod, lowering).visit_expr(function)

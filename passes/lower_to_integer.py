@@ -32,6 +32,7 @@ from bitwright.passes.expressions import (
     Array,
     CallRewriter,
     Quantizer,
+    along,
     bindings,
     clip_bits,
     code_bits,
@@ -112,15 +113,6 @@ _ELEMENTWISE = frozenset(
     " nn.gelu_tanh nn.leakyrelu nn.relu nn.silu nn.softplus power round rsqrt sigmoid sign sin sqrt"
     " square subtract tanh".split()
 )
-
-
-def _along(array: Array, axis: int, rank: int) -> Array:
-    """Shape a vector so that it broadcasts along one axis."""
-    if array.size == 1:
-        return array.reshape(())
-    shape = [1] * rank
-    shape[axis % rank] = -1
-    return array.reshape(shape)
 
 
 def _storage(values: IntArray) -> Any:
@@ -220,7 +212,7 @@ class _Lowering:
             described = found.type(bits)
         if stored is not None:
             rank = stored.ndim
-            zero_points = _along(found.zero_point, found.axis, rank)
+            zero_points = along(found.zero_point, found.axis, rank)
             stored = stored.astype(np.int64) - zero_points
         return _Codes(found.operand, found.scale, found.zero_point, found.axis, described, stored)
 
@@ -331,7 +323,7 @@ class _Lowering:
         codes = self._codes(rewriter, operand)
         bias = constant(rewriter.value(operand))
         if codes is not None and codes.stored is not None:
-            scale = _along(codes.scale, codes.axis, codes.stored.ndim)
+            scale = along(codes.scale, codes.axis, codes.stored.ndim)
             if np.all(scale == accumulator.scale):
                 bound = accumulator.bound + float(np.abs(codes.stored).max(initial=0))
                 added = codes.stored

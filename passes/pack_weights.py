@@ -21,7 +21,6 @@ import numpy.typing as npt
 import tvm
 from tvm import relax
 
-from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.expressions import (
     CallRewriter,
@@ -33,8 +32,8 @@ from bitwright.passes.expressions import (
     node_name,
     operator,
 )
-from bitwright.targets.codegen import CODEGEN, ISAS, IntegerLayer, generator, read_layer
-from bitwright.targets.kernels.host import Isa, detect
+from bitwright.targets.codegen import CODEGEN, IntegerLayer, generator, read_layer
+from bitwright.targets.kernels.host import Isa, find
 from bitwright.targets.kernels.spec import Convolution, Matmul
 
 __all__ = ["PARAMETER_NAMES", "PackWeights", "pack"]
@@ -349,10 +348,7 @@ class PackWeights:
     """
 
     def __init__(self, isa: str = "", kernels: bool = True) -> None:
-        if isa not in ("", *ISAS):
-            raise UsageError(
-                f"there is no instruction set {isa!r}", fix="choose " + " or ".join(ISAS)
-            )
+        find(isa)
         self.isa = isa
         self.kernels = kernels
 
@@ -363,5 +359,4 @@ class PackWeights:
             raise ValueError("the module has no function main")
         if PARAMETER_NAMES in (mod["main"].attrs or {}):
             return mod  # done before
-        isa = ISAS[self.isa] if self.isa else detect()
-        return _Packing(mod, isa, kernels=self.kernels).run()
+        return _Packing(mod, find(self.isa), kernels=self.kernels).run()

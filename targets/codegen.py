@@ -23,7 +23,7 @@ from tvm.ir import GenericConst, Op
 from bitwright.errors import UsageError
 from bitwright.targets.catalogue import available
 from bitwright.targets.kernels import activation_matmul, convolution, matmul
-from bitwright.targets.kernels.host import AVX2, GENERIC, Isa, target
+from bitwright.targets.kernels.host import ISAS, Isa, target
 from bitwright.targets.kernels.spec import (
     ActivationMatmul,
     Codes,
@@ -42,7 +42,6 @@ CODEGEN = "bitwright"
 for _accelerator in available().values():
     with contextlib.suppress(UsageError):  # a name that TVM has: told when it is asked for
         _accelerator.tvm_target()
-ISAS = {isa.name: isa for isa in (AVX2, GENERIC)}
 
 
 Spec: TypeAlias = ActivationMatmul | Convolution | Matmul

@@ -22,7 +22,6 @@ from bitwright.targets.kernels.spec import (
     ActivationMatmul,
     Codes,
     Convolution,
-    Floats,
     Matmul,
     Operand,
 )
@@ -362,20 +361,30 @@ def finish(spec: Layer, isa: Isa, total: Expr, terms: Terms, lanes: int) -> Expr
     if isinstance(output, Accumulators):
         return total
     assert terms.scale is not None
+    if isinstance(output, Codes):
+        return requantize(output, isa, total, terms.scale, lanes)
     scaled = cast(total, "float32", lanes) * terms.scale
-    if isinstance(output, Floats):
-        if output.low != -inf:
-            scaled = T.max(scaled, constant(output.low, "float32", lanes))
-        if output.high != inf:
-            scaled = T.min(scaled, constant(output.high, "float32", lanes))
-        return scaled
+    if output.low != -inf:
+        scaled = T.max(scaled, constant(output.low, "float32", lanes))
+    if output.high != inf:
+        scaled = T.min(scaled, constant(output.high, "float32", lanes))
+    return scaled
+
+
+def requantize(output: Codes, isa: Isa, total: Expr, scale: Expr, lanes: int) -> Expr:
+    """Turn sums into codes, with ``scale`` as the multipliers."""
     if output.form == "fixed":
-        return _finish_fixed(output, total, terms.scale, lanes)
+        return _finish_fixed(output, total, scale, lanes)
+    return to_codes(output, isa, cast(total, "float32", lanes) * scale, lanes)
+
+
+def to_codes(output: Codes, isa: Isa, values: Expr, lanes: int) -> Expr:
+    """Round float32 numbers of steps to codes; what is no number becomes the highest code."""
     # Clamping to whole numbers before rounding to them is the same as clamping behind, and keeps
-    # the conversion to integers within their range.
-    scaled = T.max(scaled, constant(output.low - output.zero_point, "float32", lanes))
-    scaled = T.min(scaled, constant(output.high - output.zero_point, "float32", lanes))
-    codes = _round(isa, scaled, lanes)
+    # the conversion to integers within their range. Minima take their second operand for NaN.
+    values = T.min(values, constant(output.high - output.zero_point, "float32", lanes))
+    values = T.max(values, constant(output.low - output.zero_point, "float32", lanes))
+    codes = _round(isa, values, lanes)
     if output.zero_point:
         codes = codes + constant(output.zero_point, "int32", lanes)
     return cast(codes, output.dtype, lanes)

@@ -10,8 +10,6 @@ cycles and two can begin in each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
 from math import prod
 from typing import Any
 
@@ -22,10 +20,18 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its s
 
 from bitwright.targets.kernels import emit
 from bitwright.targets.kernels.emit import Buffer, Expr, ceil_div
+from bitwright.targets.kernels.row_product import (
+    WIDTH,
+    Numbers,
+    RowProduct,
+    Rows,
+    group_count,
+    group_sizes,
+    in_tiles,
+    split,
+)
 
-__all__ = ["WIDTH", "Rows", "emit_product", "kernel", "pack"]
-
-WIDTH = 16  # columns of a tile
+__all__ = ["WIDTH", "Rows", "emit_product", "kernel", "pack", "packed_shape"]
 
 _LANES = 8
 _VECTORS = WIDTH // _LANES
@@ -53,11 +59,12 @@ def pack(weights: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     numpy.ndarray
         [*batch, ceil(columns / 16), depth, 16]; missing columns are zero.
     """
-    *batch, depth, columns = weights.shape
-    tiles = ceil_div(columns, WIDTH)
-    padded = np.zeros((*batch, depth, tiles * WIDTH), np.float32)
-    padded[..., :columns] = weights
-    return np.ascontiguousarray(padded.reshape(*batch, depth, tiles, WIDTH).swapaxes(-3, -2))
+    return in_tiles(np.asarray(weights, np.float32))
+
+
+def packed_shape(depth: int, columns: int) -> tuple[int, ...]:
+    """Shape of packed weights behind the axes of the batch."""
+    return ceil_div(columns, WIDTH), depth, WIDTH
 
 
 def kernel(
@@ -113,31 +120,22 @@ def _emit(leading: Sequence[int | None], depth: int, columns: int, bias: bool) -
         rows = prod(length or 0 for length in leading)
         if rows * depth * columns < _SERIAL_MACS:
             kind = "serial"
-    groups = _groups(rows)
+    groups = group_count(rows, _MOST_ROWS)
     row_blocks = emit.greater(ceil_div(groups, _BLOCK_GROUPS), emit.lesser(groups, _ROW_TASKS))
     most_tiles = max(1, min(_BLOCK_TILES, max(_LEAST_TILES, ceil_div(tiles, _COLUMN_TASKS))))
     column_blocks = ceil_div(tiles, most_tiles)
     most_tiles = ceil_div(tiles, column_blocks)
-    counts = _counts(rows, _MOST_ROWS)
+    counts = group_sizes(rows, _MOST_ROWS, _MOST_ROWS)
     with emit.loop(row_blocks * column_blocks, kind) as task:
         block = emit.bind(task // column_blocks)
         first, end = (emit.bind(number * groups // row_blocks) for number in (block, block + 1))
         # The groups of all tasks differ by no more than a row.
-        numbers = _Numbers()
+        numbers = Numbers()
         row = numbers.keep(first * rows // groups)
         row_count = numbers.keep(end * rows // groups - row)
-        parts = _split(numbers, row_count, numbers.keep(end - first), counts)
+        parts = split(numbers, row_count, numbers.keep(end - first), counts)
         tile = emit.bind(task % column_blocks * most_tiles)
         product.block(row, parts, tile, emit.lesser(tiles - tile, most_tiles), _BLOCK_DEPTH)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where rows begin in a flat buffer, and how many elements lie from one to the next."""
-
-    buffer: Buffer
-    offset: Expr
-    stride: Expr
 
 
 def emit_product(
@@ -183,109 +181,25 @@ def emit_product(
         Rows(out, out_offset, out_stride),
         start,
     )
-    parts = _split(_Numbers(), rows, _groups(rows), _counts(rows, max_rows))
+    groups = group_count(rows, _MOST_ROWS)
+    parts = split(Numbers(), rows, groups, group_sizes(rows, max_rows, _MOST_ROWS))
     # A single group would not come back to the weights in the first-level cache.
     most_depth = depth if max_rows <= _MOST_ROWS else _BLOCK_DEPTH
     product.block(0, parts, 0, ceil_div(columns, WIDTH), most_depth)
 
 
-# --------------------------------------------------------------------------- groups of rows
-
-
-@dataclass(frozen=True)
-class _Part:
-    """``number`` groups of ``rows`` rows each; ``begin`` rows of the block lie before them."""
-
-    rows: int
-    begin: Expr
-    number: Expr
-
-
-def _groups(rows: Expr) -> Expr:
-    """Groups of at most six rows; one, to divide by, where there are no rows."""
-    return emit.bind(emit.greater((rows + (_MOST_ROWS - 1)) // _MOST_ROWS, 1))
-
-
-def _counts(rows: Expr, max_rows: int) -> list[int]:
-    """Rows that groups may have if they differ by no more than one."""
-    if not isinstance(rows, int):
-        return list(range(1, min(max_rows, _MOST_ROWS) + 1))
-    groups = _groups(rows)
-    return sorted({rows // groups, ceil_div(rows, groups)} - {0})
-
-
-def _split(numbers: _Numbers, rows: Expr, groups: Expr, counts: Sequence[int]) -> list[_Part]:
-    """Cut rows into groups that differ by no more than a row, the larger ones first."""
-    small, larger = numbers.keep(rows // groups), numbers.keep(rows % groups)
-    if isinstance(rows, int):
-        parts = [_Part(small + 1, 0, larger), _Part(small, larger * (small + 1), groups - larger)]
-        return [part for part in parts if part.rows and part.number]
-    none = emit.index(0)
-    parts = []
-    for size in counts:
-        is_small, is_large = small == size, small + 1 == size
-        begin = T.Select(is_small, larger * (size + 1), none)
-        number = T.Select(is_small, groups - larger, T.Select(is_large, larger, none))
-        parts.append(_Part(size, numbers.keep(begin), numbers.keep(number)))
-    return parts
-
-
-class _Numbers:
-    """Computes numbers once, in memory: TVM's analysis takes minutes over nested quotients."""
-
-    def __init__(self) -> None:
-        self._memory = emit.allocate(16, "int64", registers=True)
-        self._places = count()
-
-    def keep(self, value: Expr) -> Expr:
-        """Compute a number."""
-        if isinstance(value, int):
-            return value
-        place = next(self._places)
-        emit.store(self._memory, place, value, 1)
-        return emit.bind(emit.load(self._memory, place, 1))
-
-
 # --------------------------------------------------------------------------- arithmetic
 
 
-@dataclass(frozen=True)
-class _Product:
-    """Emits the passes; ``packed`` has rows of the depth, tile after tile."""
+class _Product(RowProduct):
+    """A product of float32."""
 
-    data: Rows
-    packed: Rows
-    depth: int
-    columns: int
-    out: Rows
-    start: Rows | None
+    @property
+    def lanes(self) -> int:
+        """Length of a vector of sums."""
+        return _LANES
 
-    def block(
-        self, first_row: Expr, parts: Sequence[_Part], first_tile: Expr, tiles: Expr, most: int
-    ) -> None:
-        """Compute some tiles of some rows, adding up at most so much of the depth at a time."""
-        if not parts:
-            return
-        runs = ceil_div(self.depth, most)
-        run = ceil_div(self.depth, runs)
-        with emit.loop(runs) as turn, emit.loop(tiles) as tile:
-            begin = emit.bind(turn * run)
-            depth = run if self.depth == runs * run else emit.lesser(self.depth - begin, run)
-            depth = emit.bind(depth)
-            for part in parts:
-                with emit.loop(part.number) as group:
-                    row = emit.bind(first_row + part.begin + group * part.rows)
-                    sums = self._sum(row, part.rows, first_tile + tile, begin, depth)
-                    if runs == 1:
-                        self._finish(sums, row, part.rows, first_tile + tile, self.start)
-                        continue
-                    with T.If(turn == 0):
-                        with T.Then():
-                            self._finish(sums, row, part.rows, first_tile + tile, self.start)
-                        with T.Else():
-                            self._finish(sums, row, part.rows, first_tile + tile, self.out)
-
-    def _sum(self, row: Expr, rows: int, tile: Expr, begin: Expr, depth: Expr) -> Buffer:
+    def sums(self, row: Expr, rows: int, tile: Expr, begin: Expr, depth: Expr) -> Buffer:
         """Add up a part of the depth for rows x 16 results."""
         chains = ceil_div(_CHAINS, rows * _VECTORS)
         size = rows * WIDTH
@@ -321,41 +235,6 @@ class _Product:
                 total = total + emit.load(sums, chain * size + at, _LANES)
             emit.store(sums, at, total, _LANES)
         return sums
-
-    def _finish(self, sums: Buffer, row: Expr, rows: int, tile: Expr, start: Rows | None) -> None:
-        """Write the columns that exist."""
-
-        def write(source: Buffer, number: int, place: Expr, lanes: int) -> None:
-            value = emit.load(source, number * WIDTH + place, lanes)
-            column = tile * WIDTH + place
-            if start is not None:
-                begin = start.offset + (row + number) * start.stride
-                value = value + emit.load(start.buffer, begin + column, lanes)
-            target = self.out.offset + (row + number) * self.out.stride
-            emit.store(self.out.buffer, target + column, value, lanes)
-
-        def whole() -> None:
-            for number in range(rows):
-                for place in range(0, WIDTH, _LANES):
-                    write(sums, number, place, _LANES)
-
-        def partial() -> None:
-            # Registers have no addresses: what is picked by a loop lies in memory.
-            memory = emit.allocate(rows * WIDTH, "float32")
-            for at in range(0, rows * WIDTH, _LANES):
-                emit.store(memory, at, emit.load(sums, at, _LANES), _LANES)
-            for number in range(rows):
-                with emit.loop(self.columns % WIDTH) as place:
-                    write(memory, number, place, 1)
-
-        if self.columns % WIDTH == 0:
-            whole()
-            return
-        with T.If(emit.index(tile) < self.columns // WIDTH):
-            with T.Then():
-                whole()
-            with T.Else():
-                partial()
 
 
 def _multiply_add(left: Expr, right: Expr, total: Expr) -> Expr:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AVX2", "GENERIC", "Isa", "detect", "target"]
+from bitwright.errors import UsageError
+
+__all__ = ["AVX2", "GENERIC", "ISAS", "Isa", "detect", "find", "target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ AVX2 = Isa(
     round_to_int="llvm.x86.avx.cvt.ps2dq.256",
 )
 GENERIC = Isa("generic", lanes=4, registers=16)
+ISAS = {isa.name: isa for isa in (AVX2, GENERIC)}
 
 # What the level x86-64-v3 adds to the first x86-64 processors, as far as LLVM generates it unasked.
 _V3_FEATURES = ["avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"]
@@ -59,6 +62,21 @@ def detect() -> Isa:
         return GENERIC
     host = Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
     return AVX2 if codegen.llvm_cpu_has_features(_V3_FEATURES, host) else GENERIC
+
+
+def find(name: str) -> Isa:
+    """Return the instruction set of a name, the best of this machine for an empty one.
+
+    Raises
+    ------
+    UsageError
+        If there is no such instruction set.
+    """
+    if not name:
+        return detect()
+    if name not in ISAS:
+        raise UsageError(f"there is no instruction set {name!r}", fix="choose " + " or ".join(ISAS))
+    return ISAS[name]
 
 
 def target(isa: Isa) -> dict[str, str]:

@@ -18,9 +18,9 @@ import numpy as np
 from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
 
 from bitwright.errors import UsageError
-from bitwright.targets.kernels import emit
+from bitwright.targets.kernels import code_matmul, emit, float_matmul
 from bitwright.targets.kernels.emit import Buffer, Expr, ceil_div
-from bitwright.targets.kernels.float_matmul import WIDTH, emit_product
+from bitwright.targets.kernels.host import GENERIC, Isa
 
 __all__ = ["Recurrence", "Value", "kernel"]
 
@@ -40,6 +40,7 @@ Kind: TypeAlias = Literal[
     "concat",
     "reduce",
     "product",
+    "lookup",
 ]
 
 _LANES = 8
@@ -58,7 +59,9 @@ class Value:
     kind
         ``captured``, ``state`` and ``element`` are inputs of the step, ``constant`` is one number.
         ``map`` computes element by element on operands broadcast against each other, ``product``
-        multiplies by captured weights; the others speak for themselves.
+        multiplies by captured weights, floats or codes (data as int16, an even number in each row);
+        ``lookup`` takes elements of a captured table [n] at places within it; the others speak for
+        themselves.
     shape, dtype
         Of the tensor.
     operands
@@ -68,8 +71,8 @@ class Value:
         axes of a permutation or reduction; begins and strides of a slice; the axis of a
         concatenation.
     cost
-        Of a map, about: 0 for what is no work (a conversion), 1 for arithmetic, 10 for functions.
-        Of a reduction, its name: ``sum``, ``max``, ``min`` or ``prod``.
+        Of a map or lookup, about: 0 for what is no work (a conversion), 1 for arithmetic, 10 for
+        functions. Of a reduction, its name: ``sum``, ``max``, ``min`` or ``prod``.
     """
 
     kind: Kind
@@ -92,7 +95,8 @@ class Recurrence:
         What a step computes. New states have the shapes and types of the states.
     weights
         Those of ``captured`` that are only weights of products; the kernel takes them in the form
-        of :func:`bitwright.targets.kernels.float_matmul.pack`.
+        of :func:`bitwright.targets.kernels.float_matmul.pack`, int8 and int16 in that of
+        :func:`bitwright.targets.kernels.code_matmul.pack`.
     """
 
     captured: tuple[Value, ...]
@@ -238,6 +242,11 @@ class _Axes:
             self._join((data, len(data.shape) - 2), (value, rank - 2))
             self._mix(data, len(data.shape) - 1)
             self._mix(value, rank - 1)
+        elif value.kind == "lookup":
+            table, places = value.operands
+            self._mix(table, 0)
+            for axis in range(rank):
+                self._join((places, axis), (value, axis))
 
 
 def ordered(results: Sequence[Value]) -> list[Value]:
@@ -261,7 +270,7 @@ def _work(value: Value, stored: set[Value]) -> int:
     """About what it costs to compute an element of a value that is not stored."""
     if value in stored:
         return 0
-    own = value.cost if value.kind == "map" else 0
+    own = value.cost if value.kind in ("map", "lookup") else 0
     return int(own) + sum(_work(operand, stored) for operand in value.operands)
 
 
@@ -360,8 +369,9 @@ def _row_major(shape: Sequence[Size]) -> list[Expr]:
 class _Emitter:
     """Emits one kernel."""
 
-    def __init__(self, step: Recurrence) -> None:
+    def __init__(self, step: Recurrence, isa: Isa) -> None:
         self.step = step
+        self.isa = isa
         self.axes = _Axes(step)
         self.values = self.axes.values
         self.stored = _stored(step, self.values)
@@ -531,6 +541,10 @@ class _Emitter:
             result = value.detail(*terms, lanes)
             # TVM cannot bind vectors of truth values.
             return result if value.dtype == "bool" else _computed(result, value.dtype, lanes)
+        if value.kind == "lookup":
+            table, places_of = value.operands
+            found = self.element(places_of, indices, vector, lanes)
+            return self.places[table].buffer[emit.cast(found, "int64", lanes)]
         (operand,) = value.operands
         if value.kind == "permute":
             places = [indices[list(value.detail).index(axis)] for axis in range(len(indices))]
@@ -699,7 +713,7 @@ class _Emitter:
         elif label not in self.parallel:
             (most,) = _numbers([value.shape[row_axis]])
             rows = most
-        tiles = ceil_div(columns, WIDTH) * depth * WIDTH
+        tiles = math.prod(_packed(weights)[len(weights.shape) - 2 :])
         batch = _row_major(weights.shape[:-2])
         with ExitStack() as stack:
             indices: list[Expr] = [0] * rank
@@ -717,7 +731,7 @@ class _Emitter:
                 if not is_one(weights.shape[axis]):
                     start = self.task.starts.get(self.axes.of(weights, axis), 0)
                     matrix = matrix + (start + indices[axis + behind]) * stride
-            emit_product(
+            operands = (
                 source.buffer,
                 emit.bind(emit.index(self._offset(data, source, [*places, 0, 0]))),
                 source.strides[len(data.shape) - 2],
@@ -731,6 +745,10 @@ class _Emitter:
                 emit.bind(emit.index(self._offset(value, place, indices))),
                 place.strides[row_axis],
             )
+            if weights.dtype == "float32":
+                float_matmul.emit_product(*operands)
+            else:
+                code_matmul.emit_product(*operands, self.isa)
 
     # -- the function ------------------------------------------------------------------------------
 
@@ -764,10 +782,7 @@ class _Emitter:
         step = self.step
         declared: dict[str, tuple[Sequence[Any], str]] = {}
         for number, value in enumerate(step.captured):
-            shape = list(value.shape)
-            if value in step.weights:
-                depth, columns = shape[-2:]
-                shape = [*shape[:-2], ceil_div(columns, WIDTH), depth, WIDTH]
+            shape = _packed(value) if value in step.weights else value.shape
             declared[f"captured_{number}"] = (shape, value.dtype)
         for number, value in enumerate(step.states):
             declared[f"state_{number}"] = (value.shape, value.dtype)
@@ -1025,7 +1040,13 @@ _REDUCTIONS: dict[str, tuple[Callable[[str], Any], Callable[[Expr, Expr], Expr]]
 }
 
 
-def kernel(step: Recurrence, name: str, length: Size) -> Any:
+def _packed(weights: Value) -> list[Size]:
+    """Shape of the weights of a product as the kernel takes them."""
+    module = float_matmul if weights.dtype == "float32" else code_matmul
+    return [*weights.shape[:-2], *module.packed_shape(*_numbers(weights.shape[-2:]))]
+
+
+def kernel(step: Recurrence, name: str, length: Size, isa: Isa = GENERIC) -> Any:
     """Build the kernel of a recurrence.
 
     Parameters
@@ -1036,6 +1057,8 @@ def kernel(step: Recurrence, name: str, length: Size) -> Any:
         Symbol of the function.
     length
         Number of steps; an expression (a ``tirx.Var``) where it is known at run time.
+    isa
+        The instruction set of products of codes.
 
     Returns
     -------
@@ -1048,5 +1071,5 @@ def kernel(step: Recurrence, name: str, length: Size) -> Any:
     UsageError
         If no kernel computes such a step.
     """
-    emitter = _Emitter(step)
+    emitter = _Emitter(step, isa)
     return emit.primitive_function(name, lambda: emitter.emit(emit.index(length)))
