@@ -398,6 +398,8 @@ def _host_operators(module: Any) -> tuple[HostOperator, ...]:
     found: dict[str, HostOperator] = {}
     for call in filter(_computes_floats, calls(main)):
         name = operator(call)
+        if name == SCAN and not any(map(_computes_floats, calls(module[call.args[0]]))):
+            continue  # it is in fixed point
         title = node_name(call) or names.get(call, name)
         short = name.removeprefix("nn.").removeprefix("bitwright.")
         found.setdefault(title, HostOperator(title, short, _reason(call)))
