@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _GROUP = "bitwright.metrics"
+_BLOCK = 1 << 15  # elements, 256 KiB of float64
 
 
 class Metric(Protocol):
@@ -315,6 +316,17 @@ class Perplexity:
             return math.inf
 
 
+def _sum_of_squares(a: Array, b: Array | None = None) -> float:
+    """Sum of a^2 or (a - b)^2 in float64, in blocks that stay in the cache."""
+    total = 0.0
+    for start in range(0, a.size, _BLOCK):
+        part = a.reshape(-1)[start : start + _BLOCK].astype(np.float64)
+        if b is not None:
+            part -= b.reshape(-1)[start : start + _BLOCK]
+        total += float(np.square(part, out=part).sum())
+    return total
+
+
 class MeanSquaredError:
     """Mean squared difference from the float model's outputs, over all outputs."""
 
@@ -323,7 +335,7 @@ class MeanSquaredError:
     needs: ClassVar[Literal["labels", "outputs"]] = "outputs"
 
     def __init__(self) -> None:
-        self._noise = self._signal = 0.0
+        self._noise = 0.0
         self._count = 0
 
     def update(
@@ -334,15 +346,13 @@ class MeanSquaredError:
     ) -> None:
         """Add the squared differences of a batch."""
         for name, wanted in expected.items():
-            signal = wanted.astype(np.float64)
-            if outputs[name].shape != signal.shape:
+            if outputs[name].shape != wanted.shape:
                 raise DataError(
                     f"output {name!r} has shape {list(outputs[name].shape)}, that of the float "
-                    f"model {list(signal.shape)}"
+                    f"model {list(wanted.shape)}"
                 )
-            self._noise += float(np.square(outputs[name] - signal).sum())
-            self._signal += float(np.square(signal).sum())
-            self._count += signal.size
+            self._noise += _sum_of_squares(outputs[name], wanted)
+            self._count += wanted.size
 
     def value(self) -> float:
         """Mean squared error."""
@@ -354,6 +364,17 @@ class Sqnr(MeanSquaredError):
 
     unit = "dB"
     higher_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._signal = 0.0
+
+    def update(
+        self, outputs: Mapping[str, Array], labels: Array | None, expected: Mapping[str, Array]
+    ) -> None:
+        """Add noise and signal of a batch."""
+        super().update(outputs, labels, expected)
+        self._signal += sum(map(_sum_of_squares, expected.values()))
 
     def value(self) -> float:
         """10 log10(signal / noise)."""
