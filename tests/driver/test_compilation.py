@@ -284,6 +284,7 @@ def test_a_plan_for_another_target(tmp_path: Path) -> None:
         ({"clip": "minmax"}, "--clip"),
         ({"per_channel": False}, "--per-channel"),
         ({"elementwise_bits": 8}, "--elementwise-bits"),
+        ({"loop_bits": 16}, "--loop-bits"),
     ],
 )
 def test_options_of_quantization_for_a_quantized_model(

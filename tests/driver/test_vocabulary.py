@@ -22,6 +22,7 @@ plans = st.builds(
     weights_hash=st.none() | st.text(),
     target=st.none() | st.text(),
     elementwise_bits=st.sampled_from([8, 16]),
+    loop_bits=st.sampled_from([8, 16, 32]),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -198,7 +199,15 @@ def test_text_is_a_plan_or_refused(text: str) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["schema_version", "layers", "target", "structure_hash", "elementwise_bits", "x"]
+            [
+                "schema_version",
+                "layers",
+                "target",
+                "structure_hash",
+                "elementwise_bits",
+                "loop_bits",
+                "x",
+            ]
         ),
         json_values | st.just(1) | st.dictionaries(st.text(), st.sampled_from(["w8a8", "w3a8", 8])),
     )

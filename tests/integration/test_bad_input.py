@@ -1013,6 +1013,18 @@ def test_elementwise_bits_that_do_not_exist(bench: Bench, plan: dict[str, Any], 
     assert "choose 8 or 16" in message
 
 
+@pytest.mark.parametrize("bits", [0, 4, 64, 16.0, "16", True, None, [16]])
+def test_loop_bits_that_do_not_exist(bench: Bench, plan: dict[str, Any], bits: Any) -> None:
+    message = refuse_plan(bench, {**plan, "loop_bits": bits})
+    assert "loop_bits" in message
+    assert "choose 8 or 16 bits of fixed point, or 32 for float32" in message
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_loop_bits_on_the_command_line(bench: Bench, command: str) -> None:
+    assert "loop_bits is 12" in bench.refuse(bench.words(command, loop_bits=12))
+
+
 @pytest.mark.parametrize("command", ["quantize", "plan"])
 @pytest.mark.parametrize("bits", [0, 4, 32])
 def test_elementwise_bits_on_the_command_line(bench: Bench, command: str, bits: int) -> None:
@@ -1118,8 +1130,9 @@ def test_both_and_neither_of_precision_and_plan(bench: Bench, plan: dict[str, An
     message = bench.refuse(bench.words("quantize", precision=None))
     assert "neither a precision for all layers nor a plan" in message
     assert "--precision w8a8" in message
-    message = bench.refuse(bench.words("quantize", precision=None, plan=path, elementwise_bits=8))
-    assert "part of the plan" in message
+    for bits in ({"elementwise_bits": 8}, {"loop_bits": 16}):
+        message = bench.refuse(bench.words("quantize", precision=None, plan=path, **bits))
+        assert "part of the plan" in message
 
 
 def test_layers_of_the_command_line(bench: Bench) -> None:

@@ -164,6 +164,11 @@ def test_steps_run_one_after_the_other() -> None:
     cost = EYERISS.cost(whole, Precision(4, 8))
     assert numbers(cost) == tuple(7 * (n or 0) for n in single)
     assert cost.macs == 7 * 2 * 256 * 1024
+    both = Layer.recurrent(in_features=512, out_features=2048, batch=2, steps=7, groups=2)
+    assert both.weight_count == 2 * whole.weight_count
+    # Two directions, one after the other.
+    found = EYERISS.cost(both, Precision(4, 8))
+    assert numbers(found) == tuple(2 * (n or 0) for n in numbers(cost))
 
 
 def test_one_and_three_dimensions() -> None:
