@@ -1503,8 +1503,10 @@ def _gather(importer: _Importer, node: ir.Node) -> Any:
     assert data is not None
     axis = attribute(node, "axis", 0)
     size = importer.shape(data)[axis]
-    if not isinstance(size, int):
-        return importer.by_tvm(node)
+    if not isinstance(size, int):  # negative indices count from the end, as remainders do
+        value = node.inputs[1]
+        assert value is not None
+        return relax.op.take(importer.expr(data), importer.expr(value), axis, mode="wrap")
     if places is None:
         # ONNX leaves indices beyond the data open; TVM's default would read outside of them.
         value = node.inputs[1]
