@@ -372,10 +372,10 @@ def test_products_of_codes(hidden: int, batch: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["float", "fixed"])
-def test_types_of_codes(form: str, dtype: str) -> None:
-    limits = np.iinfo(dtype)
-    for zero_point in (limits.min, limits.max, (limits.min + limits.max + 1) // 2):
-        codes(dtype, 2, 9, zero_point=int(zero_point), form=form).check((2,))
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_types_of_codes(end: str, form: str, dtype: str) -> None:
+    zero_point = int(getattr(np.iinfo(dtype), end))
+    codes(dtype, 2, 9, zero_point=zero_point, form=form).check((2,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -384,7 +384,7 @@ def test_wide_sums_of_codes(bits: int, dtype: str) -> None:
     codes(dtype, bits, 19, 2, wide=True).check((2, 3))
 
 
-@profile(12)
+@profile(6)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([2, 4, 8]),
@@ -413,13 +413,15 @@ def test_quantizers(dtype: str) -> None:
     scale, zero_point = np.float32(0.0123), int(limits.max) // 3
 
     def body(emit: Callable[[Any], Any], s: Any, x: Any) -> list[Any]:
-        parameters = number(scale, "float32"), number(zero_point, dtype)
+        parameters = number(float(scale), "float32"), number(zero_point, dtype)
         code = emit(op.quantize(x, *parameters, axis=0, out_dtype=dtype))
         return [s, code, emit(op.dequantize(code, *parameters, axis=0))]
 
     random = np.random.default_rng(0)
-    x = np.arange(-3000, 3001, dtype=np.float32) / 2 * scale
-    x = np.concatenate([x, random.normal(size=993) * 300, [np.nan, np.inf, -np.inf, 1e38, -1e38]])
+    ties = np.arange(-3000, 3001, dtype=np.float32) / 2 * scale
+    x: Array = np.concatenate(
+        [ties, random.normal(size=993) * 300, [np.nan, np.inf, -np.inf, 1e30, -1e30]]
+    )
     x = x.astype(np.float32)[None]
     before = module(body, (), [("float32", 1)], [("float32", x.size)])
     _, code, value = run_both(before, np.zeros(1, np.float32), x)

@@ -71,7 +71,7 @@ def check(built: Any, data: Array, weights: Array, result: str) -> None:
     assert np.all(got[..., columns + 2 :] == GUARD)
 
 
-@profile(40)
+@profile(25)
 @given(
     st.integers(0, 13),
     st.booleans(),
