@@ -1,9 +1,9 @@
-"""Speed of recurrent networks in float32 beside onnxruntime, with two threads.
+"""Speed of recurrent networks beside onnxruntime, with two threads.
 
 Scans that onnxruntime runs operator by operator, its own LSTM and GRU, and a trained text segmenter
 with 12 scans (typeseg); the full-size speech model of MOHAQ is also compiled in a process of its
 own, whose time and peak memory are printed. All weights but the segmenter's are random. Results are
-compared before anything is timed.
+compared before anything is timed. LSTM and GRU in 8 bits are compared with themselves in float32.
 
 Run from the repository root::
 
@@ -33,6 +33,7 @@ from benchmarks.memory_probe import peak_bytes
 from benchmarks.tables import table
 
 _SCANS, _OWN = 0.25, 1.5  # bounds of the ratio: of scans, of onnxruntime's own operators
+_CODES = 1.0  # of 8 bits to float32
 _MOST_SECONDS, _MOST_BYTES = 60.0, 2 << 30  # of compiling the full-size speech model
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -88,6 +89,26 @@ def cases() -> list[tuple[str, str | Path | onnx.ModelProto, Feeds, float | None
     return found
 
 
+def codes_beside_floats(rounds: int, seconds: float) -> tuple[list[list[str]], list[str]]:
+    """Time LSTM and GRU with products of 8 bits and in float32: rows, and broken bounds."""
+    make, rows, broken = recurrent_models, [], []
+    for operator in ("LSTM", "GRU"):
+        for hidden in (256, 550):
+            model = make.gated(operator, hidden, hidden)
+            for batch in (1, 8):
+                feeds = make.noise(model, time=100, batch=batch)
+                both = compiled(make.quantized(model), feeds), compiled(model, feeds)
+                narrow, wide = (arrays(call())[0] for call in both)
+                codes, floats = alternate(both, rounds, seconds)
+                name = f"{operator} {hidden} -> {hidden}, 100 x {batch}, w8a8"
+                if codes > _CODES * floats:
+                    broken.append(name)
+                times = f"{codes * 1e3:.2f}", f"{floats * 1e3:.2f}", f"{codes / floats:.2f}"
+                worst = float(np.abs(narrow - wide).max())
+                rows.append([name, *times, f"{_CODES:.2f}", f"{worst:.3f}"])
+    return rows, broken
+
+
 def compile_network() -> dict[str, float]:
     """Compile the full-size speech model in a process of its own: seconds and peak bytes."""
     command = [sys.executable, "-m", "benchmarks.recurrent", "--compile"]
@@ -133,11 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown = "-" if bound is None else f"{bound:.2f}"
         cells = [f"{mine * 1e3:.2f}", f"{others * 1e3:.2f}", f"{ratio:.2f}", shown, f"{worst:.2f}"]
         rows.append([name, *cells])
+    in_codes, slow = codes_beside_floats(options.rounds, options.seconds)
+    broken += slow
     made = compile_network()
     print(f"\n{options.threads} threads, onnxruntime {ort.__version__}\n")
     header = ("<model", "ms", "onnxruntime ms", "ratio", "bound", "difference")
     print(table(header, rows))
-    print("\ndifference: the largest, in units of 1e-6 + 1e-4 |b|")
+    print("\ndifference: the largest, in units of 1e-6 + 1e-4 |b|\n")
+    print(table(("<model", "ms", "float32 ms", "ratio", "bound", "difference"), in_codes))
+    print("\ndifference: the largest of the states, which lie in (-1, 1)")
     seconds, peak = made["seconds"], made["bytes"]
     print(f"full-size SRU network compiled in {seconds:.1f} s, peak {peak / 2**20:.0f} MiB")
     if seconds > _MOST_SECONDS or peak > _MOST_BYTES:

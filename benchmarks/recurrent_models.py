@@ -294,20 +294,21 @@ def _quantize_product(
     assert isinstance(graph, ir.Graph)
     assert data is not None
     assert weights is not None
-    array = weights.const_value.numpy() if weights.const_value is not None else None
-    assert array is not None
+    assert weights.const_value is not None
+    array = weights.const_value.numpy()
 
-    def constant(word: str, values: NDArray[Any], kind: ir.DataType | None = None) -> ir.Value:
+    def constant(word: str, values: NDArray[Any]) -> ir.Value:
         name = f"{node.name}/{word}"
-        value = ir.Value(name=name, const_value=ir.tensor(values, dtype=kind, name=name))
-        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        tensor = ir.tensor(values, name=name)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(values.shape)
+        value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
         main.register_initializer(value)
         return value
 
     most = 2 ** (bits - 1) - 1
     steps = (np.abs(array).max(axis=tuple(range(array.ndim - 1))) / most).astype(np.float32)
     codes = np.clip(np.rint(array / steps), -most - 1, most)
-    storage = ml_dtypes.int2 if bits == 2 else ml_dtypes.int4 if bits == 4 else f"int{bits}"
+    storage = ml_dtypes.int4 if bits <= 4 else f"int{bits}"  # this operator set has no int2
     made = []
 
     def add(op: str, word: str, *inputs: ir.Value, **options: Any) -> ir.Value:
@@ -316,7 +317,7 @@ def _quantize_product(
         return value
 
     parameters = (
-        constant("data_scale", np.float32(scale)),
+        constant("data_scale", np.array(scale, np.float32)),
         constant("data_zero_point", np.array(zero_point, dtype)),
     )
     quantized = add("QuantizeLinear", "quantized", data, *parameters)

@@ -637,7 +637,7 @@ class _Reader:
         correction = self._constant(sums.astype(left.dtype))
 
         def corrected(x: Expr, more: Expr, lanes: int) -> Expr:
-            return emit.wrapping("add", x, more, lanes, bits)  # type: ignore[arg-type]
+            return emit.wrapping("add", x, more, lanes, bits)
 
         return Value("map", shape, left.dtype, (product, correction), corrected, 1)
 
@@ -764,6 +764,7 @@ class LowerScan:
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite every Relax function."""
+        mod = mod.clone()  # the caller's stays what it is
         lowering = _Lowering(mod, find(self.isa))
         for variable, function in mod.functions_items():
             if isinstance(function, relax.Function):

@@ -3,15 +3,19 @@
 Two rows of the depth make one step: the processor multiplies pairs of int16 and adds both products
 to an int32. Weights of up to 8 bits lie in memory as int8, because few rows need all of them from
 the second- or third-level cache once for each product; they get their 16 bits in registers.
+
+Sums of 64 bits are made of sums of 32, of as many products of 16 by 8 bits as fit. Weights of 16
+bits are cut into halves for them, the upper one signed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
 
 from bitwright.targets.kernels import emit
 from bitwright.targets.kernels.emit import Buffer, Expr, ceil_div, round_up
@@ -28,6 +32,8 @@ from bitwright.targets.kernels.row_product import (
 )
 
 __all__ = ["emit_product", "pack", "packed_shape"]
+
+_WIDE_PAIRS = 127  # 127 * 2 * 2^15 * 255 < 2^31: a half is less than 2^8
 
 
 def pack(weights: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
@@ -92,7 +98,6 @@ def emit_product(
     isa
         The instruction set.
     """
-    bits: Literal[32, 64] = 64 if out.dtype == "int64" else 32
     pairs = ceil_div(depth, 2)
     product = _Product(
         Rows(data, data_offset, row_stride),
@@ -102,12 +107,13 @@ def emit_product(
         Rows(out, out_offset, out_stride),
         None,
         isa,
-        bits,
+        wide=out.dtype == "int64",
     )
-    # Two registers hold a vector of weights and its products, and two a pair of codes and a spare.
-    most = max(1, (isa.registers - 4) * isa.lanes // (WIDTH * bits // 32))
+    # What sums leave: weights, their products, a pair of codes.
+    registers = (isa.registers - 4) * isa.lanes // WIDTH
+    most = max(1, registers // 3 if product.halves == 2 else registers)
     parts = split(Numbers(), rows, group_count(rows, most), group_sizes(rows, max_rows, most))
-    product.block(0, parts, 0, ceil_div(columns, WIDTH), pairs)
+    product.block(0, parts, 0, ceil_div(columns, WIDTH), _WIDE_PAIRS if product.wide else pairs)
 
 
 @dataclass(frozen=True)
@@ -115,43 +121,59 @@ class _Product(RowProduct):
     """A product of codes; the depth counts pairs."""
 
     isa: Isa
-    bits: Literal[32, 64]
+    wide: bool
 
     @property
     def lanes(self) -> int:
         """Length of a vector of sums."""
         return self.isa.lanes
 
+    @property
+    def halves(self) -> int:
+        """Parts that weights are cut into."""
+        return 2 if self.wide and self.packed.buffer.dtype == "int16" else 1
+
     def sums(self, row: Expr, rows: int, tile: Expr, begin: Expr, depth: Expr) -> Buffer:
-        """Add up all of the depth for rows x 16 results."""
-        lanes, dtype = self.lanes, f"int{self.bits}"
-        places = range(0, rows * WIDTH, lanes)
-        sums = emit.allocate(rows * WIDTH, dtype, registers=True)
-        for at in places:
-            emit.store(sums, at, emit.start(self.bits, self.depth, lanes), lanes)
+        """Add up a part of the depth for rows x 16 results."""
+        lanes, size = self.lanes, self.halves * rows * WIDTH
+        sums = emit.allocate(size, "int32", registers=True)
+        for at in range(0, size, lanes):
+            emit.store(sums, at, emit.constant(0, "int32", lanes), lanes)
         left = emit.bind(self.data.offset + row * self.data.stride + begin * 2)
         right = emit.bind(self.packed.offset + (tile * self.depth + begin) * (2 * WIDTH))
         with emit.loop(depth) as pair:
             weights = [
-                emit.bind(self._weights(right + pair * (2 * WIDTH) + 2 * column))
+                self._weights(right + pair * (2 * WIDTH) + 2 * column)
                 for column in range(0, WIDTH, lanes)
             ]
             for number in range(rows):
                 place = left + number * self.data.stride + pair * 2
                 codes = emit.reinterpret(emit.load(self.data.buffer, place, 2), "int32", 1)
                 codes = emit.bind(emit.broadcast(codes, lanes))
-                for vector, weight in enumerate(weights):
-                    at = number * WIDTH + vector * lanes
-                    total = emit.load(sums, at, lanes)
-                    total = emit.dot(self.isa, self.bits, total, codes, weight)
-                    emit.store(sums, at, total, lanes)
-        for at in places:  # they hold the negative
-            total = emit.load(sums, at, lanes)
-            zero = emit.constant(0, dtype, lanes)
-            emit.store(sums, at, emit.wrapping("sub", zero, total, lanes, self.bits), lanes)
+                for vector, parts in enumerate(weights):
+                    for half, weight in enumerate(parts):
+                        at = (number * WIDTH + vector * lanes) * self.halves + half * lanes
+                        total = emit.load(sums, at, lanes)
+                        emit.store(sums, at, emit.dot(self.isa, 32, total, codes, weight), lanes)
         return sums
 
-    def _weights(self, place: Expr) -> Expr:
-        """Pairs of weights of ``lanes`` columns, as int32."""
-        pairs = emit.load(self.packed.buffer, place, 2 * self.lanes)
-        return emit.reinterpret(emit.cast(pairs, "int16", 2 * self.lanes), "int32", self.lanes)
+    def total(self, sums: Buffer, at: int) -> Expr:
+        """A vector of results; accumulators hold the negative, see :func:`emit.dot`."""
+        lanes, dtype = self.lanes, "int64" if self.wide else "int32"
+        places = (at * self.halves + half * lanes for half in range(self.halves))
+        parts = [emit.cast(emit.load(sums, place, lanes), dtype, lanes) for place in places]
+        total = parts[0]
+        for lower in parts[1:]:
+            total = total * emit.constant(2**8, dtype, lanes) + lower
+        zero = emit.constant(0, dtype, lanes)
+        return emit.wrapping("sub", zero, total, lanes, 64 if self.wide else 32)
+
+    def _weights(self, place: Expr) -> list[Expr]:
+        """Pairs of weights of ``lanes`` columns, as int32; or of their upper and lower halves."""
+        lanes = 2 * self.lanes
+        pairs = emit.bind(emit.cast(emit.load(self.packed.buffer, place, lanes), "int16", lanes))
+        parts = [pairs]
+        if self.halves == 2:
+            upper = T.shift_right(pairs, emit.constant(8, "int16", lanes))
+            parts = [upper, T.bitwise_and(pairs, emit.constant(2**8 - 1, "int16", lanes))]
+        return [emit.bind(emit.reinterpret(part, "int32", self.lanes)) for part in parts]

@@ -143,6 +143,10 @@ class RowProduct(ABC):
     def sums(self, row: Expr, rows: int, tile: Expr, begin: Expr, depth: Expr) -> Buffer:
         """Add up a part of the depth for rows x 16 results, in registers."""
 
+    def total(self, sums: Buffer, at: int) -> Expr:
+        """A vector of the rows x 16 results, from a place on, of what :meth:`sums` made."""
+        return emit.load(sums, at, self.lanes)
+
     def block(
         self, first_row: Expr, parts: Sequence[Part], first_tile: Expr, tiles: Expr, most: int
     ) -> None:
@@ -172,8 +176,7 @@ class RowProduct(ABC):
         """Write the columns that exist."""
         lanes = self.lanes
 
-        def write(source: Buffer, number: int, place: Expr, lanes: int) -> None:
-            value = emit.load(source, number * WIDTH + place, lanes)
+        def write(value: Expr, number: int, place: Expr, lanes: int) -> None:
             column = tile * WIDTH + place
             if start is not None:
                 begin = start.offset + (row + number) * start.stride
@@ -184,16 +187,18 @@ class RowProduct(ABC):
         def whole() -> None:
             for number in range(rows):
                 for place in range(0, WIDTH, lanes):
-                    write(sums, number, place, lanes)
+                    value = self.total(sums, number * WIDTH + place)
+                    write(value, number, place, lanes)
 
         def partial() -> None:
             # Registers have no addresses: what is picked by a loop lies in memory.
             memory = emit.allocate(rows * WIDTH, self.out.buffer.dtype)
             for at in range(0, rows * WIDTH, lanes):
-                emit.store(memory, at, emit.load(sums, at, lanes), lanes)
+                emit.store(memory, at, self.total(sums, at), lanes)
             for number in range(rows):
                 with emit.loop(self.columns % WIDTH) as place:
-                    write(memory, number, place, 1)
+                    value = emit.load(memory, number * WIDTH + place, 1)
+                    write(value, number, place, 1)
 
         if self.columns % WIDTH == 0:
             whole()

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from tvm import relax
 
+from benchmarks import recurrent_models
 from bitwright import targets
 from bitwright.errors import ModelError
 from bitwright.importer import import_model
@@ -70,8 +71,10 @@ class Compiled:
         return [np.asarray(entry.numpy()) for entry in entries]
 
 
-def by_onnxruntime(model: onnx.ModelProto, feed: Feed) -> list[Array]:
+def by_onnxruntime(model: onnx.ModelProto, feed: Feed, *, optimized: bool = True) -> list[Array]:
     options = ort.SessionOptions()
+    if not optimized:  # it rounds codes in other ways
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
@@ -103,6 +106,38 @@ def parsed(text: str) -> onnx.ModelProto:
 def normal(*shape: int, seed: int = 0) -> Array:
     values = np.random.default_rng(seed).normal(size=shape)
     return np.asarray(values, np.float32)
+
+
+# -- codes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    "bits, state, zero_point, bidirectional",
+    [
+        (8, "int8", 0, False),
+        (4, "uint8", 100, True),
+        (2, "int16", -70, False),
+        (16, "int16", 0, True),
+        (8, "uint16", 40_000, True),
+    ],
+)
+def test_quantized_cells_are_kernels(
+    operator: str, bits: int, state: str, zero_point: int, bidirectional: bool
+) -> None:
+    model = recurrent_models.gated(operator, 5, 19, bidirectional=bidirectional)
+    model = recurrent_models.quantized(model, weight_bits=bits, state=state, zero_point=zero_point)
+    compiled = Compiled(model)
+    assert (compiled.kernels, compiled.recursions) == (1, 0)
+    step = 2 / (np.iinfo(state).max - np.iinfo(state).min)
+    for batch in (1, 3, 13):
+        feed = recurrent_models.noise(model, time=7, batch=batch)
+        (ours,) = compiled(feed)
+        (theirs,) = by_onnxruntime(model, feed, optimized=False)
+        # Float gates differ in their last bits, and thus few codes of the state by one.
+        difference = np.abs(ours - theirs)
+        assert difference.max() < 8 * step
+        assert np.median(difference) < 1e-6 + step / 50
 
 
 # -- the cases of the standard -------------------------------------------------------------------

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import tvm
+from hypothesis import given
+from hypothesis import strategies as st
 from tvm import relax, tirx
 from tvm.ir import SourceName, Span
 from tvm.relax import op
 
-from bitwright.passes import ops
+from bitwright.errors import UsageError
+from bitwright.passes import ops, scan_recursion
 from bitwright.passes.expressions import calls, operator
 from bitwright.passes.lower_scan import RECURRENCE, LowerScan
+from bitwright.passes.lower_to_integer import LowerToInteger
+from bitwright.passes.propagate_quantization import PropagateQuantization
+from bitwright.quant.observers import TensorQuantization
+from bitwright.quant.requantization import Requantization, quantize_float
+from bitwright.targets.kernels import host
+from bitwright.targets.kernels.host import AVX2, ISAS, detect
 from tests.passes.modules import transform
-from tests.quant.qdq import Array
+from tests.quant.qdq import Array, profile
 
 TARGETS = [{"kind": "llvm"}, {"kind": "llvm", "mcpu": "x86-64-v3"}]
 Spec = tuple[Any, ...]  # dtype, then sizes
@@ -250,6 +260,275 @@ def test_a_recurrent_matrix(hidden: int, constant: bool, batch: int) -> None:
         np.testing.assert_allclose(output, rows, rtol=1e-5, atol=1e-6)
 
 
+# -- codes ---------------------------------------------------------------------------------------
+
+HOSTS = [isa for isa in ISAS.values() if isa != AVX2 or detect() == AVX2]
+DTYPES = ["int8", "uint8", "int16", "uint16"]
+
+
+def number(value: float, dtype: str) -> Any:
+    return relax.const(np.array(value, dtype), dtype)
+
+
+def run_both(before: Any, *inputs: Array) -> list[Array]:
+    """Results of the kernels, which are the same for every instruction set."""
+    found = []
+    for isa in HOSTS:
+        after = transform(before, LowerScan(isa.name))
+        assert is_lowered(after)
+        found.append(run(after, host.target(isa), *inputs))
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """``s = requantize((s - zero_point) @ w + x)`` with a multiplier for each column."""
+
+    dtype: str
+    zero_point: int
+    weights: Array
+    multiplier: Array
+    form: Literal["float", "fixed"] = "float"
+    wide: bool = False
+
+    @property
+    def spec(self) -> TensorQuantization:
+        return TensorQuantization(
+            1.0, self.zero_point, np.iinfo(self.dtype).bits, not self.dtype.startswith("u")
+        )
+
+    def body(self, emit: Callable[[Any], Any], s: Any, x: Any) -> list[Any]:
+        sums = "int64" if self.wide else "int32"
+        centred = emit(op.subtract(emit(op.astype(s, sums)), number(self.zero_point, sums)))
+        weights = emit(op.astype(relax.const(self.weights, self.weights.dtype.name), sums))
+        product = emit(op.matmul(centred, weights, out_dtype=sums))
+        total = emit(op.add(product, emit(op.astype(x, sums))))
+        new = emit(
+            ops.requantize(
+                total,
+                relax.const(self.multiplier, "float32"),
+                zero_point=self.zero_point,
+                low=self.spec.code_min,
+                high=self.spec.code_max - 1,
+                dtype=self.dtype,
+                form=self.form,
+            )
+        )
+        return [new, emit(op.add(new, number(0, self.dtype)))]
+
+    def reference(self, s: Array, x: Array) -> Array:
+        total = (s.astype(np.int64) - self.zero_point) @ self.weights.astype(np.int64) + x
+        low, high = self.spec.code_min, self.spec.code_max - 1
+        rule = Requantization(self.multiplier, self.spec, low, high)
+        return np.asarray(rule.apply(total, self.form).astype(self.dtype))
+
+    def check(self, leading: tuple[int, ...], symbolic: bool = False) -> None:
+        hidden = self.weights.shape[-1]
+        random = np.random.default_rng(hidden)
+        limits = np.iinfo(self.dtype)
+        s = random.integers(limits.min, limits.max + 1, (*leading, hidden)).astype(self.dtype)
+        xs = random.integers(-1000, 1000, (4, *leading, hidden)).astype(np.int32)
+        shape = (*leading[:-1], tirx.Var("batch", "int64") if symbolic else leading[-1], hidden)
+        before = module(self.body, (), [(self.dtype, *shape)], [("int32", *shape)])
+        rows, new = [], s
+        for x in xs:
+            new = self.reference(new, x)
+            rows.append(new)
+        state, output = run_both(before, s, xs)
+        np.testing.assert_array_equal(state, new)
+        np.testing.assert_array_equal(output, rows)
+
+
+def codes(
+    dtype: str,
+    bits: int,
+    hidden: int,
+    *batch: int,
+    zero_point: int | None = None,
+    **options: Any,
+) -> Codes:
+    """Random weights, and multipliers that spread sums over the codes and beyond."""
+    random = np.random.default_rng(bits)
+    limits, most = np.iinfo(dtype), 2 ** (bits - 1)
+    if zero_point is None:
+        zero_point = int(random.integers(limits.min, limits.max + 1))
+    weights = random.integers(-most, most, (*batch, hidden, hidden))
+    span = (limits.max - limits.min) / 3
+    sums = most * span * np.sqrt(hidden)
+    multiplier = (random.uniform(0.5, 2, hidden) * span / sums).astype(np.float32)
+    storage = np.int16 if bits > 8 else np.int8
+    return Codes(dtype, zero_point, weights.astype(storage), multiplier, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 13])
+@pytest.mark.parametrize("hidden", [7, 33])
+def test_products_of_codes(hidden: int, batch: int) -> None:
+    codes("int8", 8, hidden).check((batch,))
+    codes("int8", 4, hidden, 2).check((2, batch), symbolic=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["float", "fixed"])
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_types_of_codes(end: str, form: str, dtype: str) -> None:
+    zero_point = int(getattr(np.iinfo(dtype), end))
+    codes(dtype, 2, 9, zero_point=zero_point, form=form).check((2,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_wide_sums_of_codes(bits: int, dtype: str) -> None:
+    codes(dtype, bits, 19, 2, wide=True).check((2, 3))
+
+
+@profile(6)
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([2, 4, 8]),
+    st.integers(1, 40),
+    st.integers(1, 14),
+    st.booleans(),
+)
+def test_any_products_of_codes(
+    dtype: str, bits: int, hidden: int, batch: int, symbolic: bool
+) -> None:
+    # 16 bits by 8: at most 2^16 * 2^7 * 40, less than 2^31.
+    codes(dtype, bits, hidden).check((batch,), symbolic)
+
+
+def test_weights_that_are_too_wide_for_tiles() -> None:
+    random = np.random.default_rng(0)
+    weights = random.integers(-70_000, 70_000, (5, 5)).astype(np.int32)
+    multiplier = np.full(5, 1e-5, np.float32)
+    Codes("int8", 3, weights, multiplier).check((3,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizers(dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    # Not the reciprocal of a number: its multiples, ties among them, must not be off by a bit.
+    scale, zero_point = np.float32(0.0123), int(limits.max) // 3
+
+    def body(emit: Callable[[Any], Any], s: Any, x: Any) -> list[Any]:
+        parameters = number(float(scale), "float32"), number(zero_point, dtype)
+        code = emit(op.quantize(x, *parameters, axis=0, out_dtype=dtype))
+        return [s, code, emit(op.dequantize(code, *parameters, axis=0))]
+
+    random = np.random.default_rng(0)
+    ties = np.arange(-3000, 3001, dtype=np.float32) / 2 * scale
+    x: Array = np.concatenate(
+        [ties, random.normal(size=993) * 300, [np.nan, np.inf, -np.inf, 1e30, -1e30]]
+    )
+    x = x.astype(np.float32)[None]
+    before = module(body, (), [("float32", 1)], [("float32", x.size)])
+    _, code, value = run_both(before, np.zeros(1, np.float32), x)
+    spec = TensorQuantization(float(scale), zero_point, limits.bits, not dtype.startswith("u"))
+    expected = quantize_float(x, scale, spec)
+    np.testing.assert_array_equal(code, expected)
+    centred = (expected - zero_point).astype(np.float32)
+    np.testing.assert_array_equal(value, centred * scale)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dequantizers_with_channels(axis: int) -> None:
+    random = np.random.default_rng(0)
+    scale = random.uniform(0.1, 1, (3, 9)[axis]).astype(np.float32)
+    zero = random.integers(-5, 5, scale.size).astype(np.int8)
+    stored = random.integers(-128, 128, (3, 9)).astype(np.int8)
+
+    def body(emit: Callable[[Any], Any], s: Any, x: Any) -> list[Any]:
+        parameters = relax.const(scale, "float32"), relax.const(zero, "int8")
+        weights = emit(op.dequantize(relax.const(stored, "int8"), *parameters, axis=axis))
+        return [s, emit(op.dequantize(x, *parameters, axis=axis)), emit(op.add(weights, s))]
+
+    x = random.integers(-128, 128, (2, 3, 9)).astype(np.int8)
+    before = module(body, (), [ROW], [("int8", 3, 9)])
+    _, value, weights = run_both(before, np.zeros((3, 9), np.float32), x)
+    steps, zeros = (
+        entry.reshape((-1, 1) if axis == 0 else (1, -1)) for entry in (scale, zero.astype(int))
+    )
+    np.testing.assert_array_equal(value, (x - zeros).astype(np.float32) * steps)
+    np.testing.assert_array_equal(weights[0], (stored - zeros).astype(np.float32) * steps)
+
+
+@pytest.mark.parametrize("size", [256, 40])
+@pytest.mark.parametrize("channels", [1, 9])
+def test_tables(channels: int, size: int) -> None:
+    random = np.random.default_rng(0)
+    table = random.integers(-(2**15), 2**15, size).astype(np.int16)
+
+    def body(emit: Callable[[Any], Any], s: Any, x: Any) -> list[Any]:
+        index = emit(op.subtract(emit(op.astype(x, "int32")), number(-128, "int32")))
+        found = emit(op.take(relax.const(table, "int16"), index, axis=0, mode="clip"))
+        return [emit(op.maximum(s, found)), found]
+
+    x = random.integers(-128, 128, (30, 3, channels)).astype(np.int8)
+    before = module(body, (), [("int16", 3, channels)], [("int8", 3, channels)])
+    s = np.full((3, channels), -(2**15), np.int16)
+    state, found = run_both(before, s, x)
+    expected = table[np.minimum(x.astype(int) + 128, size - 1)]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(state, expected.max(0))
+
+
+def lstm_of_codes(weights: Array, scale: Array) -> Callable[..., Sequence[Any]]:
+    """An LSTM in which a quantizer stands behind every operator: 16 bits, the state 8."""
+
+    def body(emit: Callable[[Any], Any], h: Any, c: Any, x: Any) -> list[Any]:
+        def again(value: Any, step: float, dtype: str = "int16") -> Any:
+            parameters = number(step, "float32"), number(0, dtype)
+            code = emit(op.quantize(value, *parameters, axis=0, out_dtype=dtype))
+            return emit(op.dequantize(code, *parameters, axis=0))
+
+        axis = weights.ndim - 1
+        zeros = relax.const(np.zeros(scale.size, np.int8), "int8")
+        stored = relax.const(weights, "int8"), relax.const(scale, "float32"), zeros
+        matrix = emit(op.dequantize(*stored, axis=axis))
+        product = again(emit(op.matmul(again(h, 1 / 127, "int8"), matrix)), 2.0**-12)
+        gates = again(emit(op.add(again(x, 2.0**-12), product)), 1 / 4000)
+        parts = emit(op.split(gates, 4, axis))
+        i, o, f, n = (emit(relax.TupleGetItem(parts, k)) for k in range(4))
+        i, o, f = (again(emit(op.sigmoid(gate)), 2.0**-15) for gate in (i, o, f))
+        n = again(emit(op.tanh(n)), 2.0**-15)
+        kept = again(emit(op.multiply(f, again(c, 2.0**-13))), 2.0**-13)
+        added = again(emit(op.multiply(i, n)), 2.0**-15)
+        c = again(emit(op.add(kept, added)), 2.0**-13)
+        shown = again(emit(op.tanh(c)), 2.0**-15)
+        h = again(emit(op.multiply(o, shown)), 1 / 127, "int8")
+        return [h, c, emit(op.add(h, number(0, "float32")))]
+
+    return body
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_all_operators_of_codes(directions: int, batch: int) -> None:
+    hidden = 11
+    random = np.random.default_rng(directions)
+    weights = random.integers(-127, 128, (directions, hidden, 4 * hidden)).astype(np.int8)
+    scale = random.uniform(0.002, 0.004, 4 * hidden).astype(np.float32)
+    shape = ("float32", directions, batch, hidden)
+    states, sequences = [shape, shape], [(*shape[:-1], 4 * hidden)]
+    before = module(lstm_of_codes(weights, scale), (), states, sequences)
+    before = transform(before, PropagateQuantization(), LowerToInteger())
+    h, c = (random.uniform(-1, 1, shape[1:]).astype(np.float32) for _ in range(2))
+    x = random.normal(size=(20, *shape[1:-1], 4 * hidden)).astype(np.float32)
+    found = run_both(before, h, c, x)
+    # The same steps, operator by operator as TVM lowers them.
+    expected = run(scan_recursion.lower(before), host.target(HOSTS[0]), h, c, x)
+    assert len({*found[2].ravel()}) > 50
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_an_instruction_set_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match="no instruction set 'mmx'"):
+        LowerScan("mmx")
+
+
 # -- which bodies --------------------------------------------------------------------------------
 
 UNARY = """abs ceil cos erf exp floor isfinite isinf isnan log negative round rsqrt sigmoid sign sin
@@ -281,6 +560,12 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "cumsum": lambda s, _: op.cumsum(s, 1),
     "flip": lambda s, _: op.flip(s, 0),
     "take": lambda s, _: op.take(s, relax.const(np.array([1, 0, 2]), "int64"), 0),
+    "take that may fail": lambda _, x: op.take(
+        relax.const(np.arange(5.0, dtype=np.float32)), op.astype(x, "int32"), 0, "fast"
+    ),
+    "a quantizer for each channel": lambda _, x: op.quantize(
+        x, relax.const(np.ones(9, np.float32)), relax.const(np.zeros(9, np.int8)), 1, "int8"
+    ),
     "computed take": lambda s, x: op.take(s, op.astype(op.sum(x, [0]), "int64"), 1, "clip"),
 }
 
