@@ -18,7 +18,8 @@ from tvm.relax import op
 
 from bitwright.passes import ops
 from bitwright.passes.expressions import calls, operator
-from bitwright.passes.lower_scan import RECURRENCE, LowerScan
+from bitwright.passes.lower_scan import LowerScan
+from bitwright.passes.recognize_scan import COMPOSITES
 from tests.passes.modules import transform
 from tests.quant.qdq import Array
 
@@ -89,7 +90,7 @@ def kernels(after: Any) -> list[Any]:
         for function in after.functions.values()
         if isinstance(function, relax.Function)
         and function.attrs
-        and function.attrs.get("Composite") == RECURRENCE
+        and function.attrs.get("Composite") in COMPOSITES
     ]
 
 
