@@ -1,9 +1,10 @@
 """Import a loaded ONNX model into Relax.
 
 Extends TVM's ONNX importer, whose interface is private: this is the only file that touches it. What
-matters for quantization has rules here (``_RULES``); all other operators go through TVM's
-converters. Every call carries the name of the ONNX node that it stems from, as its span, and every
-type is checked against the one that ONNX infers.
+matters for quantization has rules here (``_RULES``), operators that hold graphs have theirs in
+``import_loops.py``; all other operators go through TVM's converters. Every call carries the name of
+the ONNX node that it stems from, as its span, and every type is checked against the one that ONNX
+infers.
 
 Sub-byte integers are stored as ``int8`` and ``uint8``. Elementwise functions of codes become
 tables, the same that the integer reference uses. Arithmetic on shapes is done here, so that
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +23,13 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import onnx
 import onnx_ir as ir
-import tvm_ffi
 from tvm import relax, sym, tirx
-from tvm.ir import SourceName, Span
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from bitwright.errors import BitwrightError, ModelError, first_line
-from bitwright.passes import ops
-from bitwright.passes.expressions import Sizes, global_variable
+from bitwright.import_builder import Builder, Expr, all_inputs, const, is_call
+from bitwright.import_loops import ControlFlow, renewed
+from bitwright.passes.expressions import Sizes
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
 from bitwright.quant.graph import (
     attribute,
@@ -71,9 +70,7 @@ _MAX_NEIGHBOURS = 64  # of one output of Resize, along one axis
 _MAX_FILLED = 1 << 20  # elements of a constant made of one number
 _MAX_SYMBOLIC = 1024  # elements of an integer tensor that is followed through shape arithmetic
 
-# A value of the graph as a Relax expression, or an array that is known at compile time.
-_Expr: TypeAlias = Any
-_Rule: TypeAlias = "Callable[[_Importer, ir.Node], _Expr | list[_Expr]]"
+_Rule: TypeAlias = "Callable[[_Importer, ir.Node], Expr | list[Expr]]"
 _Symbolic: TypeAlias = "Callable[[_Importer, ir.Node], Array | None]"
 
 
@@ -213,59 +210,6 @@ def _live_nodes(graph: ir.Graph, functions: dict[ir.Value, ir.Value]) -> set[ir.
 # -- expressions -----------------------------------------------------------------------------------
 
 
-def _is_call(expr: _Expr) -> bool:
-    return isinstance(expr, relax.Call | relax.TupleGetItem)
-
-
-class _Builder(relax.BlockBuilder):
-    """Gives every call, and its variable, the name of the ONNX node in conversion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.node_name = ""
-        self._emitted: dict[_Expr, _Expr] = {}
-
-    def start(self, node_name: str) -> None:
-        """Name what follows."""
-        self.node_name = node_name
-        self._emitted.clear()
-
-    def emit(self, expr: _Expr, name_hint: str = "") -> _Expr:
-        """Bind an expression; calls inside it are bound one by one."""
-        name = self.node_name or name_hint
-        # The function has this name, and would be given another.
-        return super().emit(self._named(expr), "main_" if name == "main" else name)
-
-    def normalize(self, expr: _Expr) -> _Expr:
-        """Infer the type of an expression; calls inside it are bound one by one."""
-        return super().normalize(self._named(expr))
-
-    def _named(self, expr: _Expr) -> _Expr:
-        if isinstance(expr, relax.Call):
-            arguments = [self._atom(argument) for argument in expr.args]
-            span = Span(SourceName(self.node_name), 1, 1, 1, 1) if self.node_name else expr.span
-            return relax.Call(expr.op, arguments, expr.attrs, expr.ty_args, span)
-        if isinstance(expr, relax.TupleGetItem):
-            return relax.TupleGetItem(self._atom(expr.tuple_value), expr.index)
-        if isinstance(expr, relax.Tuple):
-            return relax.Tuple([self._atom(field) for field in expr.fields])
-        return expr
-
-    def _atom(self, expr: _Expr) -> _Expr:
-        if isinstance(expr, relax.Tuple):
-            return self._named(expr)
-        if not _is_call(expr):
-            return expr
-        if expr not in self._emitted:  # an expression may stand twice in one
-            self._emitted[expr] = self.emit(expr)
-        return self._emitted[expr]
-
-
-def _const(array: Array) -> _Expr:
-    """A constant of the array's own type; TVM would narrow 64 bits."""
-    return relax.const(array, array.dtype.name)
-
-
 def _storage(array: Array) -> Array:
     """An array in a type that TVM computes with: whole bytes."""
     if array.dtype.kind in "iufb":
@@ -315,59 +259,56 @@ class _Stored:
     axis: int
 
 
-class _Importer(onnx_frontend.ONNXGraphImporter):
+class _Importer(ControlFlow, onnx_frontend.ONNXGraphImporter):
     """Converts the nodes of one model in order."""
 
     def __init__(self, model: Model) -> None:
         super().__init__({}, {})
-        self.bb = _Builder()
+        self.bb = Builder()
         self.opset = model.opset
         self.analyzer = sym.Analyzer()
         self._model = model
         self._sizes: dict[str | None, Any] = {}  # symbolic dimensions of the inputs
-        self._exprs: dict[ir.Value, _Expr] = {}
+        self._exprs: dict[ir.Value, Expr] = {}
         self._integers: dict[ir.Value, Array] = {}  # of Python integers and symbolic expressions
         self._folded: dict[ir.Value, Array] = {}
         self._stored: dict[ir.Value, _Stored] = {}
-        self._indices: dict[ir.Value, _Expr] = {}
+        self._indices: dict[ir.Value, Expr] = {}
         self._functions: dict[ir.Value, ir.Value] = {}
         self._codes: dict[ir.Value, TensorQuantization] = {}
         for graph in (model.graph, *filter(None, map(loop_body, model.graph))):
             functions, codes = _functions_of_codes(graph)
             self._functions.update(functions)
             self._codes.update(codes)
-        self._bodies: dict[Any, Any] = {}  # global variable of a loop's body to its function
+        self.bodies = {}
 
     def run(self) -> Any:
         """Build the module."""
         graph = self._model.graph
         parameters = self._parameters()
-        live = _live_nodes(graph, self._functions)
-        # A dataflow block holds no branches.
-        branches = any(node.op_type == "If" for node in live)
         with self.bb.function("main", parameters, attrs={"num_input": len(parameters)}):
             try:
-                if branches:
-                    result = self._body(graph, live)
-                else:
-                    with self.bb.dataflow():
-                        result = self.bb.emit_output(self._body(graph, live))
+                with self.bb.dataflow():
+                    results = self.outputs(graph)
+                    whole = results[0] if len(results) == 1 else relax.Tuple(results)
+                    result = self.bb.emit_output(whole)
             except BaseException:
                 self.bb._end_block()  # else TVM complains on stderr
                 raise
             self.bb.emit_func_output(result)
         module = self.bb.get()
-        for variable, function in self._bodies.items():
+        for variable, function in self.bodies.items():
             module[variable] = function
-        return relax.transform.ConvertToDataflow(1)(module) if branches else module
+        return module
 
-    def _body(self, graph: ir.Graph, live: set[ir.Node]) -> _Expr:
+    def outputs(self, graph: ir.Graph) -> list[Expr]:
+        """Convert the nodes of a graph that it needs; return the values of its outputs."""
+        live = _live_nodes(graph, self._functions)
         for node in graph:
             if node in live:
-                self._node(node)
+                self.convert(node)
         self.bb.start("")
-        results = [self.expr(value) for value in graph.outputs]
-        return results[0] if len(results) == 1 else relax.Tuple(results)
+        return [self.expr(value) for value in graph.outputs]
 
     def _parameters(self) -> list[Any]:
         parameters = []
@@ -419,7 +360,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return None
         return array.astype(object)
 
-    def expr(self, value: ir.Value) -> _Expr:
+    def expr(self, value: ir.Value) -> Expr:
         """A value as a variable or a constant."""
         if value not in self._exprs:
             stored = self._stored.get(value)
@@ -427,14 +368,14 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             if stored is not None:
                 self._exprs[value] = self.emit_stored(stored)
             elif array is not None:
-                self._exprs[value] = _const(array)
+                self._exprs[value] = const(array)
             elif value in self._integers:
                 self._exprs[value] = self._materialize(value)
             else:
                 raise ValueError(f"there is no value {value.name!r}")
         return self._exprs[value]
 
-    def _materialize(self, value: ir.Value) -> _Expr:
+    def _materialize(self, value: ir.Value) -> Expr:
         """Integers with symbolic expressions among them, as a tensor."""
         known = self._integers[value]
         result = relax.op.shape_to_tensor(relax.ShapeExpr(list(known.flat)))
@@ -445,14 +386,40 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             result = relax.op.astype(result, _storage_name(value.dtype))
         return self.bb.emit(result)
 
-    def emit_stored(self, stored: _Stored) -> _Expr:
+    def emit_stored(self, stored: _Stored) -> Expr:
         """Dequantize constant codes, under the name of their DequantizeLinear."""
         name = self.bb.node_name
         self.bb.start(str(stored.node.name))
-        codes, scale, zero_point = map(_const, (stored.codes, stored.scale, stored.zero_point))
+        codes, scale, zero_point = map(const, (stored.codes, stored.scale, stored.zero_point))
         result = self.bb.emit(relax.op.dequantize(codes, scale, zero_point, stored.axis, "float32"))
         self.bb.start(name)
         return result
+
+    def bind(self, value: ir.Value, expr: Expr) -> None:
+        """Give a value another expression."""
+        self._exprs[value] = expr
+
+    @contextlib.contextmanager
+    def scope(self, captured: Mapping[ir.Value, Expr], sizes: Sizes) -> Iterator[None]:
+        """Build another function meanwhile, in which captured values are the given ones."""
+        names = ("bb", "_exprs", "_integers", "_folded", "_stored", "_indices", "_sizes")
+        kept = {name: getattr(self, name) for name in names}
+        for _, size in sizes.known:
+            self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
+        inside = {value: renewed(known, sizes) for value, known in self._integers.items()}
+        self.bb, self._exprs, self._indices = Builder(), dict(captured), {}
+        self._integers = {value: known for value, known in inside.items() if known is not None}
+        self._folded, self._stored = dict(self._folded), dict(self._stored)
+        self._sizes = {
+            name: sizes.variable(size)
+            for name, size in self._sizes.items()
+            if sizes.variable(size) is not None
+        }
+        try:
+            yield
+        finally:
+            for name, entry in kept.items():
+                setattr(self, name, entry)
 
     def fold(self, value: ir.Value, array: Array) -> None:
         """Make a value known at compile time."""
@@ -503,7 +470,8 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
 
     # -- nodes -------------------------------------------------------------------------------------
 
-    def _node(self, node: ir.Node) -> None:
+    def convert(self, node: ir.Node) -> None:
+        """Convert one node; its outputs then have values."""
         try:
             self._convert(node)
         except BitwrightError:
@@ -534,26 +502,22 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         results = list(result) if isinstance(result, list | tuple) else [result]
         for value, entry in zip(node.outputs, results, strict=False):
             if value.name:
-                bound = self.bb.emit(entry) if _is_call(entry) else entry
+                bound = self.bb.emit(entry) if is_call(entry) else entry
                 _check_type(value, bound)
                 self._exprs[value] = self._with_shape(value, bound)
 
-    def _with_shape(self, value: ir.Value, expr: _Expr) -> _Expr:
+    def _with_shape(self, value: ir.Value, expr: Expr) -> Expr:
         """Name the sizes that TVM cannot infer, those that ONNX infers included."""
         ty = expr.ty
         rank = ty.ndim if value.shape is None else len(value.shape)
         if isinstance(ty.shape, relax.ShapeExpr) or rank == -1:
             return expr
-        dims: list[Any] = [None] * rank if value.shape is None else list(value.shape)
-        sizes = []
-        for axis, dim in enumerate(dims):
-            known = dim if isinstance(dim, int) else self._sizes.get(getattr(dim, "value", None))
-            sizes.append(self.size(f"{value.name}_{axis}") if known is None else known)
+        sizes = [self.inferred_size(value, axis) for axis in range(rank)]
         return self.bb.match_cast(expr, relax.TensorType(sizes, ty.dtype))
 
     def _align(self, node: ir.Node) -> None:
         """Make the sizes of operands equal that TVM cannot prove to be; checked at run time."""
-        values = [value for value in _all_inputs(node) if self.known_shape(value) is not None]
+        values = [value for value in all_inputs(node) if self.known_shape(value) is not None]
         shapes = {value: self.shape(value) for value in values}
         rank = max((len(shape) for shape in shapes.values()), default=0)
         joined = attribute(node, "axis", 0) % rank - rank if node.op_type == "Concat" else 0
@@ -579,13 +543,19 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             ty = relax.TensorType(shapes[value], expr.ty.dtype)
             self._exprs[value] = self.bb.match_cast(expr, ty)
 
+    def inferred_size(self, value: ir.Value, axis: int) -> Any:
+        """A size of a value, as ONNX infers it, or else a new one."""
+        dim = None if value.shape is None else value.shape[axis]
+        known = dim if isinstance(dim, int) else self._sizes.get(getattr(dim, "value", None))
+        return self.size(f"{value.name}_{axis}") if known is None else known
+
     def size(self, name: str) -> Any:
         """A new symbolic size."""
         size = tirx.Var(name, "int64")
         self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
         return size
 
-    def _table(self, value: ir.Value) -> _Expr:
+    def _table(self, value: ir.Value) -> Expr:
         """A function of codes: a table, indexed by the codes of the function's root."""
         root = self._functions[value]
         quantization = self._codes[root]
@@ -604,9 +574,9 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
                 indices = relax.op.subtract(indices, lowest)
             self._indices[root] = self.bb.emit(indices)
         table = function_table(root, value, quantization, self._model.opset)
-        return self.bb.emit(relax.op.take(_const(table), self._indices[root], axis=0, mode="clip"))
+        return self.bb.emit(relax.op.take(const(table), self._indices[root], axis=0, mode="clip"))
 
-    def by_tvm(self, node: ir.Node) -> list[_Expr]:
+    def by_tvm(self, node: ir.Node) -> list[Expr]:
         """Outputs of a node as TVM's own importer converts it."""
         proto = ir.to_proto(node)
         attributes = self._parse_attr(proto.attribute)
@@ -625,192 +595,11 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             return [relax.TupleGetItem(result, i) for i in range(len(result.ty.fields))]
         return [self._tensor(result)]
 
-    def _tensor(self, expr: _Expr) -> _Expr:
+    def _tensor(self, expr: Expr) -> Expr:
         """A shape that TVM made, as a tensor."""
         if isinstance(expr.ty, relax.ShapeType):
             return self.bb.emit(relax.op.shape_to_tensor(expr))
         return expr
-
-    def branches(self, node: ir.Node) -> list[_Expr]:
-        """Outputs of an If; each branch computes what it needs."""
-        condition = node.inputs[0]
-        assert condition is not None
-        known = self.constant(condition)
-        if known is not None:
-            branch = "then_branch" if known.any() else "else_branch"
-            return self.run_body(node.attributes[branch].as_graph(), ())
-        flag = self.expr(condition)
-        if flag.ty.ndim != 0:
-            flag = self.bb.emit(relax.op.reshape(flag, []))
-        bodies = [
-            self._branch(node.attributes[name].as_graph())
-            for name in ("then_branch", "else_branch")
-        ]
-        self.bb.start(str(node.name))
-        result = self.bb.emit(relax.If(flag, *bodies))
-        if len(node.outputs) == 1:
-            return [result]
-        return [relax.TupleGetItem(result, i) for i in range(len(node.outputs))]
-
-    def _branch(self, graph: ir.Graph) -> _Expr:
-        kept = [dict(d) for d in (self._exprs, self._integers, self._folded, self._stored)]
-        indices = dict(self._indices)
-        self.bb._begin_binding_block()
-        try:
-            result = self._body(graph, set(graph))
-        finally:
-            block = self.bb._end_block()
-        self._exprs, self._integers, self._folded, self._stored = kept
-        self._indices = indices
-        return relax.SeqExpr([block], result)
-
-    # -- loops -------------------------------------------------------------------------------------
-
-    def scan(
-        self,
-        node: ir.Node,
-        states: Sequence[_Expr],
-        sequences: Sequence[_Expr],
-        step: Callable[[list[_Expr], list[_Expr]], list[_Expr]],
-        *,
-        checked: bool = False,
-    ) -> list[_Expr]:
-        """Run a body for each element along axis 0 of sequences.
-
-        Parameters
-        ----------
-        node
-            The operator; what its bodies read of this graph is handed to the body.
-        states, sequences
-            The initial states, and what is scanned.
-        step
-            Emits the body: takes states and elements, returns new states and elements of outputs.
-        checked
-            Whether what the body checks of its parameters was moved in front of it.
-
-        Returns
-        -------
-        list
-            The last states, then the outputs, stacked along axis 0.
-        """
-        captured = {
-            value: self.expr(value)
-            for value in captured_values(node)
-            if self.constant(value) is None and value not in self._stored
-        }
-        sizes = Sizes()
-        outer = [expr.ty for expr in (*captured.values(), *states)]
-        outer += [relax.TensorType(list(expr.ty.shape)[1:], expr.ty.dtype) for expr in sequences]
-        if any(kind.shape is None for kind in outer):
-            raise ValueError("the shape of something that its body reads is not known")
-        parameters = [relax.Var(f"p{i}", sizes.renewed(kind)) for i, kind in enumerate(outer)]
-        for _, size in sizes.known:
-            self.analyzer.update(size, sym.ConstIntBound(0, _LARGEST_SIZE))
-        function = self._outlined(node, captured, parameters, sizes, len(states), step)
-        facts = [] if checked else _checked_sizes(function, sizes)
-        if facts:
-            # What the body checks of sizes is checked once, in front of the loop.
-            given = [*captured.values(), *states, *sequences]
-            for number, expr in enumerate(given):
-                known = list(expr.ty.shape)
-                dims = [_replaced(size, facts) for size in known]
-                if any(a is not b for a, b in zip(dims, known, strict=True)):
-                    given[number] = self.bb.match_cast(expr, relax.TensorType(dims, expr.ty.dtype))
-            self._exprs.update(zip(captured, given, strict=False))
-            first, last = len(captured), len(captured) + len(states)
-            return self.scan(node, given[first:last], given[last:], step, checked=True)
-        body = global_variable(self._unique(str(node.name)), function)
-        self._bodies[body] = function
-
-        length = sequences[0].ty.shape[0]
-        kinds = [expr.ty for expr in states]
-        for number, field in enumerate(function.ret_ty.fields[len(states) :]):
-            if field.shape is None:
-                raise ValueError(f"the shape of its output {number} is computed in its body")
-            kinds.append(relax.TensorType([length, *map(sizes.original, field.shape)], field.dtype))
-        self.bb.start(str(node.name))
-        call = ops.scan(body, list(captured.values()), states, sequences, relax.TupleType(kinds))
-        result = self.bb.emit(call)
-        return [relax.TupleGetItem(result, index) for index in range(len(kinds))]
-
-    def _outlined(
-        self,
-        node: ir.Node,
-        captured: Mapping[ir.Value, _Expr],
-        parameters: list[_Expr],
-        sizes: Sizes,
-        count: int,
-        step: Callable[[list[_Expr], list[_Expr]], list[_Expr]],
-    ) -> Any:
-        """A function of what ``step`` emits."""
-        kept = self.__dict__.copy()
-        self.bb = _Builder()
-        self._exprs = dict(zip(captured, parameters, strict=False))
-        renewed = {value: _renewed(known, sizes) for value, known in self._integers.items()}
-        self._integers = {value: known for value, known in renewed.items() if known is not None}
-        self._folded, self._stored, self._indices = dict(self._folded), dict(self._stored), {}
-        self._sizes = {
-            name: sizes.variable(size)
-            for name, size in self._sizes.items()
-            if sizes.variable(size) is not None
-        }
-        states = parameters[len(captured) : len(captured) + count]
-        elements = parameters[len(captured) + count :]
-        branches = any(inner.op_type == "If" for inner in _all_nodes(_body(node)))
-        try:
-            with self.bb.function("body", parameters, private=True):
-                try:
-                    with contextlib.nullcontext() if branches else self.bb.dataflow():
-                        results = step(list(states), list(elements))
-                        known = self._states(states, results)
-                        for number, new in enumerate(results[count:], count):
-                            # An output that is a state has its type.
-                            matches = [n for n in range(count) if results[n].same_as(new)]
-                            results[number] = known[matches[0]] if matches else new
-                        results[:count] = known
-                        whole = relax.Tuple(results)
-                        result = self.bb.emit(whole) if branches else self.bb.emit_output(whole)
-                except BaseException:
-                    self.bb._end_block()  # else TVM complains on stderr
-                    raise
-                self.bb.emit_func_output(result)
-            (function,) = self.bb.get().functions.values()
-        finally:
-            for name in ("bb", "_exprs", "_integers", "_folded", "_stored", "_indices", "_sizes"):
-                setattr(self, name, kept[name])
-        return function
-
-    def _states(self, states: Sequence[_Expr], results: Sequence[_Expr]) -> list[_Expr]:
-        """New states, which keep the types of the old ones; where unknown, checked at run time."""
-        found = []
-        for number, (old, new) in enumerate(zip(states, results, strict=False)):
-            before, after = old.ty, new.ty
-            fits: bool | None = before.dtype == after.dtype and before.ndim in (after.ndim, -1)
-            if isinstance(after.shape, relax.ShapeExpr):
-                pairs = zip(before.shape, after.shape, strict=False)
-                equal = [self.equal(self.simplify(a), self.simplify(b)) for a, b in pairs]
-                fits = fits and (False if False in equal else None if None in equal else True)
-            elif fits:
-                fits = None
-            if fits is False:
-                raise ValueError(f"its body changes state {number} from {before} to {after}")
-            found.append(new if fits else self.bb.match_cast(new, before))
-        return found
-
-    def _unique(self, name: str) -> str:
-        name = re.sub(r"\W", "_", name) + "_body"
-        count = sum(body.name_hint.startswith(name) for body in self._bodies)
-        return f"{name}_{count}" if count else name
-
-    def run_body(self, graph: ir.Graph, inputs: Sequence[_Expr]) -> list[_Expr]:
-        """Convert a body; return the values of its outputs."""
-        self._exprs.update(zip(graph.inputs, inputs, strict=True))
-        live = _live_nodes(graph, self._functions)
-        for node in graph:
-            if node in live:
-                self._node(node)
-        self.bb.start("")
-        return [self.expr(value) for value in graph.outputs]
 
     # -- shapes ------------------------------------------------------------------------------------
 
@@ -819,7 +608,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         evaluate = _SYMBOLIC.get(node.op_type)
         if evaluate is None or len(node.outputs) != 1 or not _holds_integers(node.outputs[0]):
             return False
-        inputs = _all_inputs(node)
+        inputs = all_inputs(node)
         if node.op_type not in _FROM_SHAPES and self._integers.keys().isdisjoint(inputs):
             return False
         result = evaluate(self, node)
@@ -873,49 +662,6 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
         return a // b if positive and self.analyzer.const_int_bound(a).min_value >= 0 else None
 
 
-def _body(node: ir.Node) -> ir.Graph:
-    return node.attributes["body"].as_graph()
-
-
-def _checked_sizes(function: Any, sizes: Sizes) -> list[tuple[Any, Any]]:
-    """Sizes outside of a body, and what the body checks that they are."""
-    found = []
-    variables = {new for _, new in sizes.known}
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            if not isinstance(binding, relax.MatchCast):
-                continue
-            if not isinstance(binding.ty, relax.TensorType) or binding.value.ty.shape is None:
-                continue
-            for old, new in zip(binding.value.ty.shape, binding.ty.shape, strict=True):
-                fixed = isinstance(new, tirx.IntImm) or new in variables
-                if old in variables and fixed and not old.same_as(new):
-                    found.append((sizes.original(old), sizes.original(new)))
-    return found
-
-
-def _replaced(size: Any, facts: Sequence[tuple[Any, Any]]) -> Any:
-    for old, new in facts:
-        if tvm_ffi.structural_equal(old, size):
-            return new
-    return size
-
-
-def _renewed(integers: Array, sizes: Sizes) -> Array | None:
-    """Integers in the size variables of a body; None where it has no such variables."""
-    variables = {old: new for old, new in sizes.known if isinstance(old, tirx.Var)}
-    analyzer = sym.Analyzer()  # which puts variables in the place of others
-    for old, new in variables.items():
-        analyzer.bind(old, new)
-    result = np.empty(integers.shape, object)
-    for index, entry in np.ndenumerate(integers):
-        known = isinstance(entry, int)
-        if not known and not set(tirx.analysis.undefined_vars(entry)) <= variables.keys():
-            return None
-        result[index] = entry if known else analyzer.simplify(entry)
-    return result
-
-
 def _is_number(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number
 
@@ -923,7 +669,7 @@ def _is_number(size: Any, number: int) -> bool:
 # -- types -----------------------------------------------------------------------------------------
 
 
-def _check_type(value: ir.Value, expr: _Expr) -> None:
+def _check_type(value: ir.Value, expr: Expr) -> None:
     """Compare a result with the type that ONNX infers: a converter may be wrong."""
     if not isinstance(expr.ty, relax.TensorType):
         raise ValueError(f"{value.name!r} becomes {type(expr.ty).__name__}, not a tensor")
@@ -956,9 +702,9 @@ def _limits(bits: int, signed: bool) -> tuple[int, int]:
     return limits.code_min, limits.code_max
 
 
-def _quantize(data: _Expr, scale: Array, zero_point: Array, bits: int, axis: int) -> _Expr:
+def _quantize(data: Expr, scale: Array, zero_point: Array, bits: int, axis: int) -> Expr:
     """Quantize to whole bytes, cut to the range of the true type."""
-    codes = relax.op.quantize(data, _const(scale), _const(zero_point), axis, zero_point.dtype.name)
+    codes = relax.op.quantize(data, const(scale), const(zero_point), axis, zero_point.dtype.name)
     if bits >= 8:
         return codes
     return relax.op.clip(codes, *_limits(bits, zero_point.dtype.kind == "i"))
@@ -1027,13 +773,13 @@ def _dequantize_linear(importer: _Importer, node: ir.Node) -> Any:
         importer.store(output, _Stored(node, codes, scale, zero_point, axis))
         return []
     return relax.op.dequantize(
-        importer.expr(source), _const(scale), _const(zero_point), axis, "float32"
+        importer.expr(source), const(scale), const(zero_point), axis, "float32"
     )
 
 
 def _dequantized_blocks(importer: _Importer, node: ir.Node) -> Array:
     """Constant codes with a scale for each block along an axis, as floats."""
-    arrays = [importer.constant(value) for value in _all_inputs(node)]
+    arrays = [importer.constant(value) for value in all_inputs(node)]
     known = [array for array in arrays if array is not None]
     if len(known) < len(arrays) or node.outputs[0].dtype != ir.DataType.FLOAT:
         raise ValueError("blocks are supported for constants only")
@@ -1089,7 +835,7 @@ def _padding(
     return before + after, strides, dilations
 
 
-def _conv(importer: _Importer, node: ir.Node) -> _Expr:
+def _conv(importer: _Importer, node: ir.Node) -> Expr:
     rank = _spatial_rank(importer, node)
     data, weights = node.inputs[0], node.inputs[1]
     assert data is not None
@@ -1115,18 +861,18 @@ def _conv(importer: _Importer, node: ir.Node) -> _Expr:
     return relax.op.add(result, _channel_bias(importer, bias, rank))
 
 
-def _channel_bias(importer: _Importer, value: ir.Value, rank: int) -> _Expr:
+def _channel_bias(importer: _Importer, value: ir.Value, rank: int) -> Expr:
     """A bias of shape [C] as [1, C, 1, ...]."""
     shape = (1, -1, *(1,) * rank)
     stored, array = importer.stored(value), importer.constant(value)
     if stored is not None:
         return importer.emit_stored(replace(stored, codes=stored.codes.reshape(shape), axis=1))
     if array is not None:
-        return _const(array.reshape(shape))
+        return const(array.reshape(shape))
     return relax.op.reshape(importer.expr(value), shape)
 
 
-def _transposed(importer: _Importer, value: ir.Value | None) -> _Expr:
+def _transposed(importer: _Importer, value: ir.Value | None) -> Expr:
     """A matrix, transposed; of a constant its values are."""
     assert value is not None
     stored, array = importer.stored(value), importer.constant(value)
@@ -1135,11 +881,11 @@ def _transposed(importer: _Importer, value: ir.Value | None) -> _Expr:
         axis = 1 - stored.axis if stored.scale.ndim else 0
         return importer.emit_stored(replace(stored, codes=codes, axis=axis))
     if array is not None:
-        return _const(np.ascontiguousarray(array.T))
+        return const(np.ascontiguousarray(array.T))
     return relax.op.permute_dims(importer.expr(value))
 
 
-def _gemm(importer: _Importer, node: ir.Node) -> _Expr:
+def _gemm(importer: _Importer, node: ir.Node) -> Expr:
     operands = []
     for value, name in zip(node.inputs, ("transA", "transB"), strict=False):
         assert value is not None
@@ -1159,12 +905,8 @@ def _gemm(importer: _Importer, node: ir.Node) -> _Expr:
     return relax.op.add(result, addend)
 
 
-def _matmul(importer: _Importer, node: ir.Node) -> _Expr:
-    return relax.op.matmul(*(importer.expr(value) for value in _all_inputs(node)))
-
-
-def _all_inputs(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None]
+def _matmul(importer: _Importer, node: ir.Node) -> Expr:
+    return relax.op.matmul(*(importer.expr(value) for value in all_inputs(node)))
 
 
 # -- functions -------------------------------------------------------------------------------------
@@ -1186,15 +928,15 @@ def _clamp(importer: _Importer, node: ir.Node) -> Any:
     return relax.op.clip(expr, low, high)
 
 
-def _binary(operator: Callable[[_Expr, _Expr], _Expr]) -> _Rule:
-    def rule(importer: _Importer, node: ir.Node) -> _Expr:
-        return operator(*(importer.expr(value) for value in _all_inputs(node)))
+def _binary(operator: Callable[[Expr, Expr], Expr]) -> _Rule:
+    def rule(importer: _Importer, node: ir.Node) -> Expr:
+        return operator(*(importer.expr(value) for value in all_inputs(node)))
 
     return rule
 
 
-def _pow(importer: _Importer, node: ir.Node) -> _Expr:
-    base, exponent = (importer.expr(value) for value in _all_inputs(node))
+def _pow(importer: _Importer, node: ir.Node) -> Expr:
+    base, exponent = (importer.expr(value) for value in all_inputs(node))
     dtype, power = str(base.ty.dtype), importer.constant(node.inputs[1])
     if power is not None and power.ndim == 0 and power in (2.0, 3.0):  # exact for integers too
         square = importer.bb.emit(relax.op.multiply(base, base))
@@ -1206,12 +948,12 @@ def _pow(importer: _Importer, node: ir.Node) -> _Expr:
     return relax.op.astype(relax.op.trunc(wide), dtype)
 
 
-def _cast(expr: _Expr, dtype: str) -> _Expr:
+def _cast(expr: Expr, dtype: str) -> Expr:
     return expr if str(expr.ty.dtype) == dtype else relax.op.astype(expr, dtype)
 
 
-def _celu(importer: _Importer, node: ir.Node) -> _Expr:
-    (data,) = _all_inputs(node)
+def _celu(importer: _Importer, node: ir.Node) -> Expr:
+    (data,) = all_inputs(node)
     expr, alpha = importer.expr(data), attribute(node, "alpha", 1.0)
     zero = relax.const(0.0, "float32")
     scaled = relax.op.divide(relax.op.minimum(expr, zero), relax.const(alpha, "float32"))
@@ -1221,15 +963,15 @@ def _celu(importer: _Importer, node: ir.Node) -> _Expr:
     )
 
 
-def _swish(importer: _Importer, node: ir.Node) -> _Expr:
-    (data,) = _all_inputs(node)
+def _swish(importer: _Importer, node: ir.Node) -> Expr:
+    (data,) = all_inputs(node)
     expr, alpha = importer.expr(data), attribute(node, "alpha", 1.0)
     scaled = relax.op.multiply(expr, relax.const(alpha, "float32"))
     return relax.op.multiply(expr, relax.op.sigmoid(scaled))
 
 
-def _is_infinite(importer: _Importer, node: ir.Node) -> _Expr:
-    (data,) = _all_inputs(node)
+def _is_infinite(importer: _Importer, node: ir.Node) -> Expr:
+    (data,) = all_inputs(node)
     expr = importer.expr(data)
     bounds = [
         relax.const(bound, expr.ty.dtype)
@@ -1250,11 +992,11 @@ def _mod(importer: _Importer, node: ir.Node) -> Any:
     return importer.by_tvm(node)
 
 
-def _layer_normalization(importer: _Importer, node: ir.Node) -> list[_Expr]:
+def _layer_normalization(importer: _Importer, node: ir.Node) -> list[Expr]:
     result = importer.by_tvm(node)[0]
     if not any(value.name for value in node.outputs[1:]):
         return [result]
-    data = importer.expr(_all_inputs(node)[0])
+    data = importer.expr(all_inputs(node)[0])
     dtype, rank = data.ty.dtype, data.ty.ndim
     axes = list(range(attribute(node, "axis", -1) % rank, rank))
     mean = importer.bb.emit(relax.op.mean(data, axes, keepdims=True))
@@ -1264,8 +1006,8 @@ def _layer_normalization(importer: _Importer, node: ir.Node) -> list[_Expr]:
     return [result, mean, relax.op.rsqrt(relax.op.add(variance, epsilon))]
 
 
-def _rms_normalization(importer: _Importer, node: ir.Node) -> _Expr:
-    data, scale = (importer.expr(value) for value in _all_inputs(node))
+def _rms_normalization(importer: _Importer, node: ir.Node) -> Expr:
+    data, scale = (importer.expr(value) for value in all_inputs(node))
     dtype, rank = data.ty.dtype, data.ty.ndim
     axes = list(range(attribute(node, "axis", -1) % rank, rank))
     power = relax.op.mean(relax.op.multiply(data, data), axes, keepdims=True)
@@ -1289,7 +1031,7 @@ def _batch_normalization(importer: _Importer, node: ir.Node) -> Any:
 # -- pooling and reductions ------------------------------------------------------------------------
 
 
-def _pool(importer: _Importer, node: ir.Node) -> _Expr:
+def _pool(importer: _Importer, node: ir.Node) -> Expr:
     rank = _spatial_rank(importer, node)
     data = node.inputs[0]
     assert data is not None
@@ -1338,8 +1080,8 @@ def _pool(importer: _Importer, node: ir.Node) -> _Expr:
     )
 
 
-def _global_pool(operator: Callable[..., _Expr]) -> _Rule:
-    def rule(importer: _Importer, node: ir.Node) -> _Expr:
+def _global_pool(operator: Callable[..., Expr]) -> _Rule:
+    def rule(importer: _Importer, node: ir.Node) -> Expr:
         data = node.inputs[0]
         assert data is not None
         expr = importer.expr(data)
@@ -1348,7 +1090,7 @@ def _global_pool(operator: Callable[..., _Expr]) -> _Rule:
     return rule
 
 
-def _reduce(operator: Callable[..., _Expr]) -> _Rule:
+def _reduce(operator: Callable[..., Expr]) -> _Rule:
     def rule(importer: _Importer, node: ir.Node) -> Any:
         data = node.inputs[0]
         assert data is not None
@@ -1376,19 +1118,19 @@ def _reduce(operator: Callable[..., _Expr]) -> _Rule:
 # -- moves -----------------------------------------------------------------------------------------
 
 
-def _identity(importer: _Importer, node: ir.Node) -> _Expr:
+def _identity(importer: _Importer, node: ir.Node) -> Expr:
     data = node.inputs[0]
     assert data is not None
     return importer.expr(data)
 
 
-def _concat(importer: _Importer, node: ir.Node) -> _Expr:
+def _concat(importer: _Importer, node: ir.Node) -> Expr:
     return relax.op.concat(
-        [importer.expr(value) for value in _all_inputs(node)], attribute(node, "axis")
+        [importer.expr(value) for value in all_inputs(node)], attribute(node, "axis")
     )
 
 
-def _flatten(importer: _Importer, node: ir.Node) -> _Expr:
+def _flatten(importer: _Importer, node: ir.Node) -> Expr:
     data = node.inputs[0]
     assert data is not None
     sizes = importer.shape(data)
@@ -1444,10 +1186,10 @@ def _constant_of_shape(importer: _Importer, node: ir.Node) -> Any:
     if _numbers(*sizes) and math.prod(sizes) <= _MAX_FILLED:
         importer.fold(node.outputs[0], np.full(tuple(sizes), fill))
         return []
-    return relax.op.broadcast_to(_const(fill), sizes)
+    return relax.op.broadcast_to(const(fill), sizes)
 
 
-def _shape(importer: _Importer, node: ir.Node) -> _Expr:
+def _shape(importer: _Importer, node: ir.Node) -> Expr:
     """The shape of a tensor whose sizes are known at run time only."""
     data = node.inputs[0]
     assert data is not None
@@ -1460,15 +1202,15 @@ def _shape(importer: _Importer, node: ir.Node) -> _Expr:
     return relax.op.strided_slice(sizes, [0], [start], [end])
 
 
-def _dropout(importer: _Importer, node: ir.Node) -> _Expr:
+def _dropout(importer: _Importer, node: ir.Node) -> Expr:
     training = importer.constant(node.inputs[2]) if len(node.inputs) > 2 else np.False_
     if training is None or training.any() or any(value.name for value in node.outputs[1:]):
         raise ValueError("only its form for inference is supported")
     return _identity(importer, node)
 
 
-def _space_to_depth(importer: _Importer, node: ir.Node) -> _Expr:
-    (data,) = _all_inputs(node)
+def _space_to_depth(importer: _Importer, node: ir.Node) -> Expr:
+    (data,) = all_inputs(node)
     block = attribute(node, "blocksize")
     batch, channels, height, width = importer.shape(data)
     blocks = relax.op.reshape(
@@ -1484,8 +1226,8 @@ def _space_to_depth(importer: _Importer, node: ir.Node) -> _Expr:
     )
 
 
-def _depth_to_space(importer: _Importer, node: ir.Node) -> _Expr:
-    (data,) = _all_inputs(node)
+def _depth_to_space(importer: _Importer, node: ir.Node) -> Expr:
+    (data,) = all_inputs(node)
     block = attribute(node, "blocksize")
     batch, channels, height, width = importer.shape(data)
     depth = channels // (block * block)
@@ -1521,7 +1263,7 @@ def _gather(importer: _Importer, node: ir.Node) -> Any:
     places = np.where(places < 0, places + size, places).astype(np.int64)
     if places.size and not 0 <= places.min() <= places.max() < size:
         raise ValueError("an index is out of range")
-    return relax.op.take(importer.expr(data), _const(places), axis, mode="clip")
+    return relax.op.take(importer.expr(data), const(places), axis, mode="clip")
 
 
 _PAD_MODES = {
@@ -1555,7 +1297,7 @@ def _pad(importer: _Importer, node: ir.Node) -> Any:
     return relax.op.nn.pad(importer.expr(data), pairs.reshape(-1).tolist(), mode, fill)
 
 
-def _resize(importer: _Importer, node: ir.Node) -> _Expr:
+def _resize(importer: _Importer, node: ir.Node) -> Expr:
     """Weighted sums of neighbours, one axis after the other."""
     data = node.inputs[0]
     assert data is not None
@@ -1629,7 +1371,7 @@ def _neighbours(
     return np.asarray(result.reshape(size, -1).T)
 
 
-def _weighted(importer: _Importer, expr: _Expr, weights: Array, axis: int) -> _Expr:
+def _weighted(importer: _Importer, expr: Expr, weights: Array, axis: int) -> Expr:
     """Sum, along an axis, of the neighbours of each output."""
     terms = int(np.count_nonzero(weights, axis=1).max(initial=1))
     if terms > _MAX_NEIGHBOURS:
@@ -1637,11 +1379,11 @@ def _weighted(importer: _Importer, expr: _Expr, weights: Array, axis: int) -> _E
     order = np.argsort(weights == 0, axis=1, kind="stable")[:, :terms]
     result = None
     for places in order.T:
-        term = relax.op.take(expr, _const(places.astype(np.int64)), axis, mode="clip")
+        term = relax.op.take(expr, const(places.astype(np.int64)), axis, mode="clip")
         factors = weights[np.arange(len(weights)), places]
         if not np.all(factors == 1.0):
             shape = _along(axis, expr.ty.ndim)
-            term = relax.op.multiply(term, _const(factors.reshape(shape).astype(np.float32)))
+            term = relax.op.multiply(term, const(factors.reshape(shape).astype(np.float32)))
         result = term if result is None else relax.op.add(result, term)
         result = importer.bb.emit(result)
     return result
@@ -1655,16 +1397,25 @@ def _tile(importer: _Importer, node: ir.Node) -> Any:
     return relax.op.tile(importer.expr(data), [int(count) for count in repeats])
 
 
-def _transpose(importer: _Importer, node: ir.Node) -> _Expr:
+def _transpose(importer: _Importer, node: ir.Node) -> Expr:
     data = node.inputs[0]
     assert data is not None
     return relax.op.permute_dims(importer.expr(data), attribute(node, "perm") or None)
 
 
 def _slice(importer: _Importer, node: ir.Node) -> Any:
-    """Turning axes round; all else is TVM's."""
+    """Whole axes, as they are or turned round; all else is TVM's."""
     data, starts, ends, axes, steps = [*node.inputs, None, None][:5]
     assert data is not None
+    start, end = importer.constant(starts), importer.constant(ends)
+    step = np.array(1) if steps is None else importer.constant(steps)
+    if (
+        start is not None
+        and end is not None
+        and step is not None
+        and all(array.all() for array in (start == 0, end >= _LAST, step == 1))
+    ):
+        return importer.expr(data)  # TVM would write the sizes as formulas
     arrays = [importer.constant(value) for value in (starts, ends, axes, steps)]
     known = [array for array in arrays if array is not None]
     if len(known) < 4 or not all(
@@ -1680,7 +1431,7 @@ def _slice(importer: _Importer, node: ir.Node) -> Any:
 
 def _reverse_sequence(importer: _Importer, node: ir.Node) -> Any:
     """Each sequence of a batch turned round as far as it is long."""
-    data, lengths = _all_inputs(node)
+    data, lengths = all_inputs(node)
     expr, shape = importer.expr(data), importer.shape(data)
     time, batch = attribute(node, "time_axis", 0), attribute(node, "batch_axis", 1)
     emit = importer.bb.emit
@@ -1688,7 +1439,7 @@ def _reverse_sequence(importer: _Importer, node: ir.Node) -> Any:
     places = emit(relax.op.reshape(places, _along(time, len(shape))))
     ends = emit(relax.op.reshape(importer.expr(lengths), _along(batch, len(shape))))
     turned = emit(
-        relax.op.subtract(emit(relax.op.subtract(ends, places)), _const(np.array(1, np.int64)))
+        relax.op.subtract(emit(relax.op.subtract(ends, places)), const(np.array(1, np.int64)))
     )
     chosen = emit(relax.op.where(relax.op.less(places, ends), turned, places))
     indices = emit(relax.op.broadcast_to(chosen, shape))
@@ -1721,7 +1472,7 @@ def _squeeze(importer: _Importer, node: ir.Node) -> Any:
     return relax.op.squeeze(expr, chosen)
 
 
-def _split(importer: _Importer, node: ir.Node) -> list[_Expr]:
+def _split(importer: _Importer, node: ir.Node) -> list[Expr]:
     data = node.inputs[0]
     assert data is not None
     axis = attribute(node, "axis", 0)
@@ -1745,8 +1496,8 @@ def _split(importer: _Importer, node: ir.Node) -> list[_Expr]:
     return [relax.TupleGetItem(parts, index) for index in range(len(sizes))]
 
 
-def _one_hot(importer: _Importer, node: ir.Node) -> _Expr:
-    indices, depth, values = _all_inputs(node)
+def _one_hot(importer: _Importer, node: ir.Node) -> Expr:
+    indices, depth, values = all_inputs(node)
     size, pair = importer.constant(depth), importer.expr(values)
     if size is None:
         raise ValueError("its depth is computed")
@@ -1760,13 +1511,13 @@ def _one_hot(importer: _Importer, node: ir.Node) -> _Expr:
     )
     axis = attribute(node, "axis", -1)
     rank = expr.ty.ndim + 1
-    places = _const(np.arange(count, dtype=np.int64).reshape(_along(axis, rank)))
+    places = const(np.arange(count, dtype=np.int64).reshape(_along(axis, rank)))
     found = relax.op.equal(relax.op.expand_dims(wrapped, axis % rank), places)
     off, on = (relax.op.take(pair, relax.const(index, "int64"), axis=0) for index in (0, 1))
     return relax.op.where(found, on, off)
 
 
-def _top_k(importer: _Importer, node: ir.Node) -> list[_Expr]:
+def _top_k(importer: _Importer, node: ir.Node) -> list[Expr]:
     data = node.inputs[0]
     assert data is not None
     if str(data.dtype).startswith("UINT"):
@@ -1774,142 +1525,11 @@ def _top_k(importer: _Importer, node: ir.Node) -> list[_Expr]:
     return importer.by_tvm(node)
 
 
-def _cast_rule(importer: _Importer, node: ir.Node) -> list[_Expr]:
+def _cast_rule(importer: _Importer, node: ir.Node) -> list[Expr]:
     dtype = node.outputs[0].dtype
     if dtype not in _TYPES or (dtype.bitwidth < 8 and dtype != ir.DataType.BOOL):
         raise ValueError(f"conversion to {dtype} is not supported")
     return importer.by_tvm(node)
-
-
-# -- loops -----------------------------------------------------------------------------------------
-
-
-def _scan(importer: _Importer, node: ir.Node) -> list[_Expr]:
-    graph, count = _body(node), attribute(node, "num_scan_inputs")
-    values = _all_inputs(node)
-    states = [importer.expr(value) for value in values[:-count]]
-    axes = attribute(node, "scan_input_axes") or (0,) * count
-    directions = attribute(node, "scan_input_directions") or (0,) * count
-    sequences = []
-    for value, axis, backward in zip(values[-count:], axes, directions, strict=True):
-        expr = _axis_moved(importer, importer.expr(value), axis, 0)
-        sequences.append(importer.bb.emit(relax.op.flip(expr, 0)) if backward else expr)
-    for expr in sequences[1:]:
-        first, other = sequences[0].ty.shape[0], expr.ty.shape[0]
-        if importer.equal(importer.simplify(first), importer.simplify(other)) is False:
-            raise ValueError(f"its sequences are of lengths {first} and {other}")
-
-    def step(old: list[_Expr], elements: list[_Expr]) -> list[_Expr]:
-        return importer.run_body(graph, [*old, *elements])
-
-    results = importer.scan(node, states, sequences, step)
-    outputs = results[len(states) :]
-    axes = attribute(node, "scan_output_axes") or (0,) * len(outputs)
-    directions = attribute(node, "scan_output_directions") or (0,) * len(outputs)
-    for number, (axis, backward) in enumerate(zip(axes, directions, strict=True)):
-        expr = importer.bb.emit(outputs[number])
-        expr = importer.bb.emit(relax.op.flip(expr, 0)) if backward else expr
-        outputs[number] = _axis_moved(importer, expr, 0, axis)
-    return [*results[: len(states)], *outputs]
-
-
-def _axis_moved(importer: _Importer, expr: _Expr, source: int, target: int) -> _Expr:
-    rank = expr.ty.ndim
-    source, target = source % rank, target % rank
-    if source == target:
-        return expr
-    order = [axis for axis in range(rank) if axis != source]
-    order.insert(target, source)
-    return importer.bb.emit(relax.op.permute_dims(expr, order))
-
-
-def _loop(importer: _Importer, node: ir.Node) -> list[_Expr]:
-    """A scan of the numbers of the iterations; one that ends early leaves the others out."""
-    graph = _body(node)
-    trips, condition = node.inputs[:2]
-    states = [
-        importer.expr(value)
-        for value in _all_inputs(node)[(trips is not None) + (condition is not None) :]
-    ]
-    bound = importer.constant(trips)
-    if trips is None or (bound is not None and bound.item() >= _LAST):
-        raise ValueError("it is a loop without a bound: give it a trip count")
-    numbers = _iterations(importer, trips)
-    known = None if condition is None else importer.constant(condition)
-    whole = _stays_true(graph) and (condition is None or (known is not None and known.all()))
-    flag = relax.const(True, "bool")
-    if not whole:
-        if condition is not None:
-            flag = importer.bb.emit(relax.op.reshape(importer.expr(condition), []))
-        states = [*states, flag, relax.const(0, "int64")]
-
-    def step(old: list[_Expr], elements: list[_Expr]) -> list[_Expr]:
-        if whole:
-            importer.fold(graph.inputs[1], np.array(True))
-            given = [elements[0], flag, *old]
-            return importer.run_body(graph, given)[1:]
-        *before, running, done = old
-        further, *results = importer.run_body(graph, [elements[0], running, *before])
-        emit = importer.bb.emit
-        news = results[: len(before)]
-        kept = [emit(relax.op.where(running, *pair)) for pair in zip(news, before, strict=True)]
-        for index, entry in enumerate(results[len(before) :], len(before)):
-            # An output that is a new state is cut off where the state stays.
-            same = [kept[number] for number, new in enumerate(news) if entry.same_as(new)]
-            results[index] = same[0] if same else entry
-        results[: len(before)] = kept
-        further = emit(relax.op.logical_and(running, relax.op.reshape(further, [])))
-        done = emit(relax.op.add(done, relax.op.astype(running, "int64")))
-        results[len(before) : len(before)] = [further, done]
-        return [importer.bb.emit(entry) if _is_call(entry) else entry for entry in results]
-
-    results = importer.scan(node, states, [numbers], step)
-    if whole:
-        return results
-    count = len(states) - 2
-    done = importer.bb.emit(results[count + 1])
-    outputs = [_first(importer, importer.bb.emit(entry), done) for entry in results[count + 2 :]]
-    return [*results[:count], *outputs]
-
-
-def _stays_true(graph: ir.Graph) -> bool:
-    """Whether the condition that a loop's body returns is the one it gets, or constantly true."""
-    value: ir.Value | None = graph.outputs[0]
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type not in ("Identity", "Cast"):
-            return False
-        value = producer.inputs[0]
-    array = constant(value)
-    return value is graph.inputs[1] or (array is not None and bool(array.all()))
-
-
-def _iterations(importer: _Importer, trips: ir.Value) -> _Expr:
-    """The numbers 0, 1, ... of a loop's iterations."""
-    known = importer.integers(trips)
-    if known is not None:
-        count = known.item()
-        if isinstance(count, int):
-            count = max(count, 0)
-        elif importer.analyzer.const_int_bound(count).min_value < 0:
-            count = tirx.max(count, tirx.const(0, "int64"))
-    else:
-        vector = relax.op.reshape(importer.expr(trips), [1])
-        positive = importer.bb.emit(relax.op.maximum(vector, relax.const(0, "int64")))
-        shape = importer.bb.emit(relax.op.tensor_to_shape(positive))
-        count = importer.size(f"{trips.name}_count")
-        importer.bb.match_cast(shape, relax.ShapeType([count]))
-    return importer.bb.emit(relax.op.arange(0, count, 1, "int64"))
-
-
-def _first(importer: _Importer, expr: _Expr, count: _Expr) -> _Expr:
-    """The first ``count`` elements along axis 0."""
-    rank = expr.ty.ndim
-    zeros, ones = _const(np.zeros(rank, np.int64)), _const(np.ones(rank, np.int64))
-    sizes = relax.op.shape_to_tensor(relax.op.shape_of(expr))
-    rest = relax.op.strided_slice(sizes, [0], [1], [rank]) if rank > 1 else None
-    end = relax.op.reshape(count, [1])
-    end = end if rest is None else relax.op.concat([importer.bb.emit(end), importer.bb.emit(rest)])
-    return relax.op.dynamic_strided_slice(expr, zeros, importer.bb.emit(end), ones)
 
 
 # -- shape arithmetic ------------------------------------------------------------------------------
@@ -1950,7 +1570,7 @@ def _with_integers(evaluate: Callable[..., Array | None]) -> _Symbolic:
 
 def _elementwise(function: Callable[..., Any]) -> _Symbolic:
     def rule(importer: _Importer, node: ir.Node) -> Array | None:
-        arrays = [importer.integers(value) for value in _all_inputs(node)]
+        arrays = [importer.integers(value) for value in all_inputs(node)]
         known = [array for array in arrays if array is not None]
         if len(known) < len(arrays):
             return None
@@ -2077,10 +1697,10 @@ _RULES: Final[dict[str, _Rule]] = {
     "GlobalAveragePool": _global_pool(relax.op.mean),
     "GlobalMaxPool": _global_pool(relax.op.max),
     "Identity": _identity,
-    "If": _Importer.branches,
+    "If": ControlFlow.branches,
     "IsInf": _is_infinite,
     "LayerNormalization": _layer_normalization,
-    "Loop": _loop,
+    "Loop": ControlFlow.loop,
     "MatMul": _matmul,
     "MaxPool": _pool,
     "Mod": _mod,
@@ -2099,7 +1719,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "Resize": _resize,
     "ReverseSequence": _reverse_sequence,
     "RoiAlign": _roi_align,
-    "Scan": _scan,
+    "Scan": ControlFlow.scan,
     "Shape": _shape,
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,

@@ -17,10 +17,11 @@ import tvm
 from tvm import relax, tirx
 
 from bitwright.errors import BitwrightError, RunError, first_line
-from bitwright.passes import scan_recursion
+from bitwright.passes import lower_cond, scan_recursion
 from bitwright.passes.expressions import (
     LAYER_OPERATORS,
     bindings,
+    bodies,
     calls,
     constant,
     has_branches,
@@ -31,7 +32,7 @@ from bitwright.passes.expressions import (
     scans,
     static_shape,
 )
-from bitwright.passes.ops import SCAN
+from bitwright.passes.ops import COND, SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
 from bitwright.passes.registry import DEFAULT, Pipeline
@@ -217,11 +218,11 @@ def build(
     # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
     disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
     # Functions that are no entries would keep their calls of what the kernels replace.
-    bodies = sorted({call.args[0].name_hint for call in scans(module)})
-    generate = relax.transform.RunCodegen(options, ["main", *bodies])
+    generate = relax.transform.RunCodegen(options, ["main", *bodies(module)])
     module = _run("code generation", generate, module)
     # Behind code generation, which follows calls without end.
     module = _run("code generation", scan_recursion.lower, module)
+    module = _run("code generation", lower_cond.lower, module)
     lift = [relax.transform.DeadCodeElimination(), relax.transform.LiftTransformParams()]
     module = _run("code generation", tvm.transform.Sequential(lift), module)
     host = tvm.target.Target(target(isa))
@@ -393,16 +394,21 @@ def _layers(
 
 
 def _host_operators(module: Any) -> tuple[HostOperator, ...]:
-    main = module["main"]
-    names = {value: var.name for var, value in bindings(main).items()}
     found: dict[str, HostOperator] = {}
-    for call in filter(_computes_floats, calls(main)):
-        name = operator(call)
-        if name == SCAN and not any(map(_computes_floats, calls(module[call.args[0]]))):
-            continue  # it is in fixed point
-        title = node_name(call) or names.get(call, name)
-        short = name.removeprefix("nn.").removeprefix("bitwright.")
-        found.setdefault(title, HostOperator(title, short, _reason(call)))
+    functions = [module["main"]]
+    for function in functions:  # grows by the branches that it calls
+        names = {value: var.name for var, value in bindings(function).items()}
+        for call in calls(function):
+            name = operator(call)
+            if name == COND:
+                functions += [module[branch] for branch in call.args[:2]]
+                continue
+            if name == SCAN and not any(map(_computes_floats, calls(module[call.args[0]]))):
+                continue  # it is in fixed point
+            if _computes_floats(call):
+                title = node_name(call) or names.get(call, name)
+                short = name.removeprefix("nn.").removeprefix("bitwright.")
+                found.setdefault(title, HostOperator(title, short, _reason(call)))
     return tuple(found.values())
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 import tvm_ffi
-from tvm import relax, s_tir, tirx
+from tvm import relax, s_tir, sym, tirx
 from tvm.ir import GenericConst, Op, SourceName, Span
 
 from bitwright import errors
-from bitwright.passes.ops import SCAN
+from bitwright.passes.ops import COND, SCAN
 from bitwright.quant.observers import TensorQuantization
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "along",
     "as_block",
     "bindings",
+    "bodies",
     "calls",
     "clip_bits",
     "code_bits",
@@ -42,6 +43,7 @@ __all__ = [
     "scalar",
     "scans",
     "static_shape",
+    "substituted",
     "with_span",
 ]
 
@@ -349,6 +351,20 @@ class Sizes:
             raise ValueError(f"a size of a result, {size}, is computed inside")
         return found[0]
 
+    def outside(self, size: Any) -> Any | None:
+        """The size outside that a formula inside stands for; None if it holds another variable."""
+        return substituted(size, {new: old for old, new in self.known})
+
+
+def substituted(size: Any, variables: Mapping[Any, Any]) -> Any | None:
+    """A formula with others in the place of its variables; None if it has more variables."""
+    if not set(tirx.analysis.undefined_vars(size)) <= variables.keys():
+        return None
+    analyzer = sym.Analyzer()
+    for old, new in variables.items():
+        analyzer.bind(old, new)
+    return analyzer.simplify(size)
+
 
 def global_variable(name: str, function: Any) -> Any:
     """Global variable of a function; the builder's own would get another name."""
@@ -395,6 +411,22 @@ def scans(mod: Any) -> list[Any]:
     """All loops over time of a module, those of bodies too."""
     functions = [f for f in mod.functions.values() if isinstance(f, relax.Function)]
     return [call for function in functions for call in calls(function) if operator(call) == SCAN]
+
+
+def bodies(mod: Any) -> list[str]:
+    """Names of the functions that are bodies of loops or branches, in order."""
+    functions = [f for f in mod.functions.values() if isinstance(f, relax.Function)]
+    found = {
+        body.name_hint
+        for function in functions
+        for call in calls(function)
+        for body in call.args[: _BODIES.get(operator(call), 0)]
+    }
+    return sorted(found)
+
+
+# Operators whose first arguments are functions.
+_BODIES = {SCAN: 1, COND: 2}
 
 
 def has_branches(mod: Any) -> bool:

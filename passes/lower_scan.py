@@ -37,15 +37,13 @@ from bitwright.passes.expressions import (
     quantizer,
     scalar,
 )
+from bitwright.passes.recognize_scan import recognize
 from bitwright.targets.kernels import code_matmul, emit, float_matmul, functions
 from bitwright.targets.kernels.host import Isa, find
 from bitwright.targets.kernels.recurrence import Recurrence, Value, kernel, ordered
 from bitwright.targets.kernels.spec import Codes
 
-__all__ = ["RECURRENCE", "LowerScan"]
-
-RECURRENCE = "bitwright.recurrence"
-"""Composite attribute of functions that call a kernel with a time loop."""
+__all__ = ["LowerScan"]
 
 Expr = Any
 
@@ -703,13 +701,21 @@ class _Lowering:
             return call
         given = [*(reader.arguments[value] for value in step.captured)]
         given += [*states.fields, *sequences.fields]
-        title = node_name(call) or var.name
-        function = self._function(title, primitive, given, call)
+        recognized = recognize(self._mod[body], arguments, len(states.fields))
+        attributes = {"Composite": recognized.composite, "node": node_name(call) or var.name}
+        for role, index in recognized.roles.items():
+            # Captured values that no step needs are no parameters of the kernel.
+            source = [*arguments, *states.fields, *sequences.fields][index]
+            places = [place for place, entry in enumerate(given) if entry.same_as(source)]
+            attributes[role] = places[0] if index >= 0 and places else -1
+        function = self._function(attributes, primitive, given, call)
         return relax.Call(function, given, span=call.span)
 
-    def _function(self, title: str, primitive: Any, given: Sequence[Any], call: Any) -> Any:
+    def _function(
+        self, attributes: dict[str, Any], primitive: Any, given: Sequence[Any], call: Any
+    ) -> Any:
         """A private function that calls the kernel."""
-        name = re.sub(r"\W", "_", title)
+        name = re.sub(r"\W", "_", attributes["node"])
         kernel_variable = self._add(f"{name}_kernel", as_block(primitive))
         sizes = Sizes()
         parameters = [
@@ -717,8 +723,7 @@ class _Lowering:
         ]
         results = [sizes.renewed(field) for field in call.ty.fields]
         builder = relax.BlockBuilder()
-        attrs = {"Composite": RECURRENCE, "node": title}
-        with builder.function(name, parameters, attrs=attrs, private=True):
+        with builder.function(name, parameters, attrs=attributes, private=True):
             with builder.dataflow():
                 made = builder.emit(relax.call_tir(kernel_variable, parameters, results))
                 # One result is a tuple all the same.
@@ -744,8 +749,9 @@ class LowerScan:
     """Make kernels of loops over time; see the module's docstring.
 
     Requires: loops as calls of ``bitwright.scan``. Ensures: a loop that a kernel computes is a call
-    of a private function with the attributes ``Composite`` (``bitwright.recurrence``) and ``node``
-    (the ONNX node), whose body calls the kernel.
+    of a private function with the attributes ``node`` (the ONNX node) and ``Composite`` (a name of
+    ``passes/recognize_scan.py``), whose body calls the kernel. Where it is a selective scan, the
+    attributes ``x``, ``dt``, ``B`` and ``C`` are indices of its parameters, -1 where none holds it.
 
     Parameters
     ----------

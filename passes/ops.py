@@ -16,8 +16,13 @@
     a tuple: the states behind the last step, and the outputs, stacked along a new axis 0. States
     keep their shapes. All sequences have the same length, which may be 0.
 
-The first two have a legalization, so a module that holds them compiles with TVM's own pipeline;
-``LowerScan`` replaces the third.
+``bitwright.cond(then, otherwise, condition, captured)``
+    One of two results, as ``condition`` (a bool without axes) says. ``then`` and ``otherwise`` are
+    functions of the module; both take the captured values and return a tuple. Only one runs.
+
+The first two have a legalization, so a module that holds them compiles with TVM's own pipeline.
+``LowerScan`` replaces the third; what it leaves, and the fourth, are replaced behind code
+generation (``scan_recursion.lower``, ``lower_cond.lower``).
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
-__all__ = ["REQUANTIZE", "SCAN", "UNPACK", "requantize", "scan", "unpack"]
+__all__ = ["COND", "REQUANTIZE", "SCAN", "UNPACK", "cond", "requantize", "scan", "unpack"]
 
+COND = "bitwright.cond"
 REQUANTIZE = "bitwright.requantize"
 SCAN = "bitwright.scan"
 UNPACK = "bitwright.unpack"
@@ -80,6 +86,25 @@ def scan(
     """
     operands = [relax.Tuple(list(entries)) for entries in (captured, states, sequences)]
     return relax.Call(Op.get(SCAN), [body, *operands], ty_args=[kind])
+
+
+def cond(then: Any, otherwise: Any, condition: Any, captured: Sequence[Any], kind: Any) -> Any:
+    """Call ``bitwright.cond``; see the module's docstring.
+
+    Parameters
+    ----------
+    then, otherwise
+        GlobalVars of the branches.
+    condition
+        Tensor of shape [], bool.
+    captured
+        Tensors, variables or constants.
+    kind
+        Type of the result, a tuple of tensor types; sizes are left out that the branches do not
+        share.
+    """
+    operands = [then, otherwise, condition, relax.Tuple(list(captured))]
+    return relax.Call(Op.get(COND), operands, ty_args=[kind])
 
 
 def _requantize_type(call: Any, _context: Any) -> Any:
@@ -197,6 +222,8 @@ def register() -> None:
     _register(UNPACK, ["words"], _unpack_type, _legalize_unpack)
     names = ["body", "captured", "states", "sequences"]
     _register(SCAN, names, lambda call, _context: call.ty_args[0])
+    names = ["then", "otherwise", "condition", "captured"]
+    _register(COND, names, lambda call, _context: call.ty_args[0])
 
 
 register()

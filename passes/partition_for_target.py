@@ -27,6 +27,7 @@ from bitwright.passes.expressions import (
     CallRewriter,
     Sizes,
     bindings,
+    bodies,
     code_bits,
     constant,
     is_integer_layer,
@@ -35,7 +36,6 @@ from bitwright.passes.expressions import (
     quantizer,
     rewriting,
     scalar,
-    scans,
 )
 from bitwright.vocabulary import Precision
 
@@ -174,15 +174,15 @@ class PartitionForTarget:
         self.target = target
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
-        """Outline the layers of every Relax function but composites and bodies of loops."""
+        """Outline the layers of every Relax function but composites, loops' bodies and branches."""
         return rewriting(self._rewrite)(mod)
 
     def _rewrite(self, mod: Any) -> Any:
         precisions = mod.get_attr(PRECISIONS) or {}
         found: dict[str, Precision] = {}
-        bodies = {call.args[0].name_hint for call in scans(mod)}
+        inner = bodies(mod)  # the loop around it becomes a kernel; weights are packed in main only
         for variable, function in mod.functions_items():
-            if variable.name_hint in bodies:  # the loop around it becomes a kernel
+            if variable.name_hint in inner:
                 continue
             if isinstance(function, relax.Function) and "Composite" not in (function.attrs or {}):
                 graph = _Graph(function)

@@ -1130,8 +1130,9 @@ def test_both_and_neither_of_precision_and_plan(bench: Bench, plan: dict[str, An
     message = bench.refuse(bench.words("quantize", precision=None))
     assert "neither a precision for all layers nor a plan" in message
     assert "--precision w8a8" in message
-    for bits in ({"elementwise_bits": 8}, {"loop_bits": 16}):
-        message = bench.refuse(bench.words("quantize", precision=None, plan=path, **bits))
+    given: Any
+    for given in ({"elementwise_bits": 8}, {"loop_bits": 16}):
+        message = bench.refuse(bench.words("quantize", precision=None, plan=path, **given))
         assert "part of the plan" in message
 
 

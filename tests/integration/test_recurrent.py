@@ -17,6 +17,7 @@ from benchmarks.recurrent import arrays, compiled
 from bitwright.quant.float_ops import make_session
 from bitwright.quant.layers import find_layers
 from bitwright.quant.load import load
+from tests.driver.test_import_loops import Compiled
 from tests.targets.test_mohaq import PUBLISHED
 
 
@@ -135,6 +136,24 @@ def normal(*shape: int) -> Any:
 def test_trained_networks_agree(name: str, feeds: Any, shapes: Any) -> None:
     for ours, theirs in agreement(name, feeds, **shapes):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_detector_of_voices_whose_branches_are_sampling_rates(batch: int) -> None:
+    """Each branch holds an LSTM; the state goes from chunk to chunk."""
+    path = models.ALL_ONNX["silero_vad"]().path
+    session = ort.InferenceSession(str(path))
+    run = Compiled(load(path).to_proto())
+    assert (run.kernels, run.recursions) == (2, 0)
+    for rate, size in [(16000, 576), (16000, 192), (8000, 288), (8000, 96)]:
+        state = expected = np.zeros((2, batch, 128), np.float32)
+        for chunk in np.random.default_rng(0).normal(0, 0.1, (20, batch, size)):
+            feeds = {"input": chunk.astype(np.float32), "state": state, "sr": np.array(rate)}
+            found, state = run(feeds)
+            probability, expected = session.run(None, feeds | {"state": expected})
+            np.testing.assert_allclose(found, probability, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(state, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -22,9 +22,10 @@ from tvm.relax import op
 from bitwright.errors import UsageError
 from bitwright.passes import ops, scan_recursion
 from bitwright.passes.expressions import calls, operator
-from bitwright.passes.lower_scan import RECURRENCE, LowerScan
+from bitwright.passes.lower_scan import LowerScan
 from bitwright.passes.lower_to_integer import LowerToInteger
 from bitwright.passes.propagate_quantization import PropagateQuantization
+from bitwright.passes.recognize_scan import COMPOSITES
 from bitwright.quant.observers import TensorQuantization
 from bitwright.quant.requantization import Requantization, quantize_float
 from bitwright.targets.kernels import host
@@ -99,7 +100,7 @@ def kernels(after: Any) -> list[Any]:
         for function in after.functions.values()
         if isinstance(function, relax.Function)
         and function.attrs
-        and function.attrs.get("Composite") == RECURRENCE
+        and function.attrs.get("Composite") in COMPOSITES
     ]
 
 

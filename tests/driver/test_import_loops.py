@@ -33,8 +33,9 @@ from bitwright.errors import ModelError
 from bitwright.importer import import_model
 from bitwright.passes.build import build
 from bitwright.passes.expressions import calls, operator
-from bitwright.passes.lower_scan import RECURRENCE, LowerScan
+from bitwright.passes.lower_scan import LowerScan
 from bitwright.passes.ops import SCAN
+from bitwright.passes.recognize_scan import COMPOSITES
 from bitwright.quant.load import load
 from tests.passes.modules import transform
 from tests.quant.qdq import Array, profile
@@ -53,7 +54,7 @@ class Compiled:
         lowered = transform(module, LowerScan())
         functions = [f for f in lowered.functions.values() if isinstance(f, relax.Function)]
         attributes = [function.attrs or {} for function in functions]
-        self.kernels = sum(attrs.get("Composite") == RECURRENCE for attrs in attributes)
+        self.kernels = sum(attrs.get("Composite") in COMPOSITES for attrs in attributes)
         self.recursions = sum(
             operator(call) == SCAN for function in functions for call in calls(function)
         )
