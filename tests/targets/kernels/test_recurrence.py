@@ -13,12 +13,14 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
 
 from bitwright.errors import UsageError
-from bitwright.targets.kernels.float_matmul import pack
+from bitwright.targets.kernels import code_matmul, emit, float_matmul
 from bitwright.targets.kernels.recurrence import Recurrence, Value, aligned, kernel, ordered
 from tests.quant.qdq import Array
 
 TARGETS = [{"kind": "llvm"}, {"kind": "llvm", "mcpu": "x86-64-v3"}]
 CHANNELS = [1, 3, 5, 8, 9, 17, 77]
+
+PACK = {"float32": float_matmul.pack, "int8": code_matmul.pack, "int16": code_matmul.pack}
 
 Step = Callable[..., Sequence[Array]]
 """Takes captured values, states and elements; returns new states and outputs."""
@@ -100,7 +102,7 @@ class Test:
             states = list(results[: len(states)])
             rows.append(results[len(states) :])
         given = [
-            pack(array) if value in step.weights else array
+            array if value not in step.weights else PACK[value.dtype](array)
             for value, array in zip(step.captured, constants, strict=True)
         ]
         results = [
@@ -213,6 +215,40 @@ def test_an_element_times_a_matrix() -> None:
 
     step = Recurrence((w,), (s,), (x,), (add(s, product),), (s,), frozenset([w]))
     Test(step, reference).run(TARGETS[1], 3)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["plain", "v3"])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("weight", ["int8", "int16"])
+@pytest.mark.parametrize("sums", ["int32", "int64"])
+def test_a_recurrent_matrix_of_codes(
+    sums: str, weight: str, rows: int, target: dict[str, str]
+) -> None:
+    w, x = captured(6, 6, dtype=weight), element(rows, 6, dtype=sums)
+    s = state(rows, 6, dtype="int16")
+    product = Value("product", (rows, 6), sums, (s, w))
+    low = Value("map", (rows, 6), sums, (product,), lambda a, _: T.bitwise_and(a, a % 8), 1)
+    new = Value("map", (rows, 6), "int16", (low,), lambda a, n: emit.cast(a, "int16", n), 1)
+
+    def reference(w: Array, s: Array, x: Array) -> Sequence[Array]:
+        product = s.astype(np.int64) @ w
+        return (product & (product % 8)).astype(np.int16), product + x
+
+    step = Recurrence((w,), (s,), (x,), (new,), (add(x, product),), frozenset([w]))
+    Test(step, reference).run(target, 5)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["plain", "v3"])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_elements_of_a_table(channels: int, target: dict[str, str]) -> None:
+    table, s, x = captured(11), state(2, channels), element(2, channels, dtype="int32")
+    place = Value("map", x.shape, "int32", (x,), lambda a, n: a + emit.constant(5, "int32", n), 1)
+    found = Value("lookup", x.shape, "float32", (table, place), None, 8)
+
+    def reference(table: Array, s: Array, x: Array) -> Sequence[Array]:
+        return s + table[x + 5], table[x + 5]
+
+    Test(Recurrence((table,), (s,), (x,), (add(s, found),), (found,)), reference).run(target, 4)
 
 
 A, B, C, X = state(9), state(9), state(9), element(9)
