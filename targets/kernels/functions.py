@@ -47,6 +47,9 @@ _EXP_LOW, _EXP_HIGH = -87.33654, 88.72283
 _EXP = (0.49999997, 0.166665435, 0.0416672006, 0.00836658012, 0.00138825097)
 """(exp(r) - 1 - r) / r^2 for abs(r) <= 1.001 * log(2) / 2, weighted for expm1."""
 
+_EXP_SHORT = (0.49999228, 0.16667116, 0.04189055, 0.00831248)
+"""The same within 1.1e-7 of exp, for what is added to 1."""
+
 _LOG = (
     0.333339095,
     -0.250013381,
@@ -76,7 +79,7 @@ def exp(x: Expr, lanes: int) -> Expr:
     """exp(x) within 2e-7; 0 where that is below 2^-126."""
     x = bind(x)
     shifted, rest = _reduce(x, _ROUND, lanes)
-    value = _number(1.0, lanes) + _expm1_of_rest(rest, lanes)
+    value = _exp_of_rest(_EXP, rest, lanes)
     # To add to the exponent, unlike a multiplication, reaches 2^127 from 2^128 and below 1.
     exponent = T.shift_left(reinterpret(shifted, "int32", lanes), constant(23, "int32", lanes))
     value = reinterpret(reinterpret(value, "int32", lanes) + exponent, "float32", lanes)
@@ -110,15 +113,13 @@ def log(x: Expr, lanes: int) -> Expr:
 def tanh(x: Expr, lanes: int) -> Expr:
     """tanh(x) within 4e-7, of denormal numbers too."""
     x = bind(x)
-    twice = _number(-2.0, lanes) * _magnitude(x, lanes)
-    half = bind(_half_expm1(_at_least(-20.0, twice, lanes), lanes))
-    return _with_sign_of(half / (_number(1.0, lanes) + half), x, lanes)
+    half = bind(_half_expm1(_at_most(20.0, _at_least(-20.0, x + x, lanes), lanes), lanes))
+    return half / (_number(1.0, lanes) + half)
 
 
 def sigmoid(x: Expr, lanes: int) -> Expr:
     """1 / (1 + exp(-x)) within 4e-7."""
-    one = _number(1.0, lanes)
-    return one / (one + exp(_number(-1.0, lanes) * x, lanes))
+    return _number(1.0, lanes) / _one_plus_exp_of_negative(x, lanes)
 
 
 def softplus(x: Expr, lanes: int) -> Expr:
@@ -139,7 +140,8 @@ def erf(x: Expr, lanes: int) -> Expr:
     x = bind(x)
     size = _at_most(_ERF_HIGH, _magnitude(x, lanes), lanes)
     # erf(a) = 1 - exp(-a * q(a)), and q is smooth: no cases, and small numbers keep all their bits.
-    power = _number(-1.0, lanes) * size * _polynomial(_ERF, size, lanes)
+    q = _polynomial(_ERF, size, bind(size * size), lanes)
+    power = _number(-1.0, lanes) * size * q
     doubled = _number(2.0, lanes) * _half_expm1(bind(power), lanes)
     return _with_sign_of(doubled, x, lanes)
 
@@ -147,7 +149,7 @@ def erf(x: Expr, lanes: int) -> Expr:
 def silu(x: Expr, lanes: int) -> Expr:
     """Return x * sigmoid(x) within 5e-7, and 2^-119 below; not a number of -infinity."""
     x = bind(x)
-    return x / (_number(1.0, lanes) + exp(_number(-1.0, lanes) * x, lanes))
+    return x / _one_plus_exp_of_negative(x, lanes)
 
 
 # --------------------------------------------------------------------------- pieces
@@ -173,17 +175,39 @@ def _reduce(x: Expr, rounding: float, lanes: int) -> tuple[Expr, Expr]:
     return shifted, bind(_multiply_add(k, _number(-_LN2_LOW, lanes), rest, lanes))
 
 
+def _power_of_two(shifted: Expr, lanes: int) -> Expr:
+    """The float32 whose exponent is the lowest bits of what :func:`_reduce` returns."""
+    bits = T.shift_left(reinterpret(shifted, "int32", lanes), constant(23, "int32", lanes))
+    return bind(reinterpret(bits, "float32", lanes))
+
+
+def _exp_of_rest(coefficients: Sequence[float], rest: Expr, lanes: int) -> Expr:
+    """exp(r) of what :func:`_reduce` left."""
+    square = bind(rest * rest)
+    tail = _polynomial(coefficients, rest, square, lanes)
+    return _multiply_add(square, tail, _number(1.0, lanes) + rest, lanes)
+
+
 def _expm1_of_rest(rest: Expr, lanes: int) -> Expr:
     """exp(r) - 1 of what :func:`_reduce` left."""
-    return _multiply_add(rest * rest, _polynomial(_EXP, rest, lanes), rest, lanes)
+    square = bind(rest * rest)
+    return _multiply_add(square, _polynomial(_EXP, rest, square, lanes), rest, lanes)
+
+
+def _one_plus_exp_of_negative(x: Expr, lanes: int) -> Expr:
+    """1 + exp(-x) within 3e-7; infinite below -88.4."""
+    # The scale is infinite where the exponent is 128; above 80 it does not count beside 1.
+    clamped = _at_most(80.0, _at_least(-89.0, x, lanes), lanes)
+    shifted, rest = _reduce(_number(-1.0, lanes) * clamped, _ROUND + 127, lanes)
+    value = _exp_of_rest(_EXP_SHORT, rest, lanes)
+    return _multiply_add(_power_of_two(shifted, lanes), value, _number(1.0, lanes), lanes)
 
 
 def _half_expm1(x: Expr, lanes: int) -> Expr:
     """(exp(x) - 1) / 2 for -80 <= x <= 88.8; half, as all of float32 then has a scale."""
     # The lowest bits of the sum become the exponent of scale = 2^(k - 1).
     shifted, rest = _reduce(x, _ROUND + 126, lanes)
-    bits = T.shift_left(reinterpret(shifted, "int32", lanes), constant(23, "int32", lanes))
-    scale = bind(reinterpret(bits, "float32", lanes))
+    scale = _power_of_two(shifted, lanes)
     # Of small x the difference is 0 and all bits are those of the polynomial.
     difference = scale - _number(0.5, lanes)
     return _multiply_add(scale, _expm1_of_rest(rest, lanes), difference, lanes)
@@ -192,15 +216,23 @@ def _half_expm1(x: Expr, lanes: int) -> Expr:
 def _log1p_tail(f: Expr, lanes: int) -> Expr:
     """log(1 + f) - f for sqrt(0.5) <= 1 + f <= sqrt(2)."""
     square = bind(f * f)
-    cubic = square * (f * _polynomial(_LOG, f, lanes))
+    cubic = square * (f * _polynomial(_LOG, f, square, lanes))
     return _multiply_add(_number(-0.5, lanes), square, cubic, lanes)
 
 
-def _polynomial(coefficients: Sequence[float], x: Expr, lanes: int) -> Expr:
-    """Horner's scheme; coefficients from the lowest degree to the highest."""
-    *lower, value = (_number(coefficient, lanes) for coefficient in coefficients)
-    for coefficient in reversed(lower):
-        value = _multiply_add(value, x, coefficient, lanes)
+def _polynomial(coefficients: Sequence[float], x: Expr, square: Expr, lanes: int) -> Expr:
+    """Horner's scheme on pairs, half as long a chain as on single coefficients.
+
+    They stand from the lowest degree to the highest; ``square`` is that of x.
+    """
+    numbers = [_number(coefficient, lanes) for coefficient in coefficients]
+    pairs = [
+        _multiply_add(pair[1], x, pair[0], lanes) if len(pair) == 2 else pair[0]
+        for pair in (numbers[start : start + 2] for start in range(0, len(numbers), 2))
+    ]
+    *lower, value = pairs
+    for pair in reversed(lower):
+        value = _multiply_add(value, square, pair, lanes)
     return value
 
 

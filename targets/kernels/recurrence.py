@@ -340,7 +340,8 @@ class _Place:
     strides
         Elements from one index of an axis to the next; 0 along an axis that a task has one of.
     absolute
-        Whether indices along parallel axes count from the whole tensor's first element.
+        Whether indices along parallel axes count from the whole tensor's first element. If not, it
+        is memory of a task, where truth values are int8.
     """
 
     buffer: Buffer
@@ -378,6 +379,7 @@ class _Emitter:
         self.parallel = self.axes.parallel(step)
         self.products = [value for value in self.values if value.kind == "product"]
         self.across = self._across()
+        self.lanes = 1 if self.across is None else self._lanes(self.across)
         self.rows = self._rows()
         self.places: dict[Value, _Place] = {}
         self.task = _Task()
@@ -421,12 +423,28 @@ class _Emitter:
                 found.add(value)
         return found
 
-    @property
-    def lanes(self) -> int:
-        """Vector length where vectors run across channels."""
-        assert self.across is not None
-        size = self.parallel[self.across]
-        return min(_LANES, 1 << (int(size).bit_length() - 1))
+    def _lanes(self, across: tuple[int, int]) -> int:
+        """Vector length where vectors run across channels.
+
+        Long vectors are several chains of arithmetic at once, for processors that start it faster
+        than they finish it. Channels have to fill them, twice for two cores, and their states the
+        cache no more than once.
+        """
+        size = int(self.parallel[across])
+        lasting = [
+            value
+            for value in (*self.step.states, *self.step.captured)
+            if self.axes.axis(value, across) is not None
+        ]
+        numbers = sum(
+            math.prod(_numbers([value.shape[axis] for axis in self._rest(value)]))
+            for value in lasting
+        )
+        for lanes in (4 * _LANES, 2 * _LANES):
+            filled = 2 * lanes <= size and 8 * emit.round_up(size, lanes) <= 9 * size
+            if filled and 4 * lanes * numbers <= _NEAR:
+                return lanes
+        return min(_LANES, 1 << (size.bit_length() - 1))
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -462,7 +480,10 @@ class _Emitter:
         rows = self.axes.axis(value, self.rows)
         if rows is not None:
             strides[rows] = inner
-        buffer = emit.allocate(max(size * groups, 1), value.dtype)
+        # TVM 0.27 makes a buffer that is read in whole vectors one of vectors, and then confuses
+        # truth values with int8.
+        dtype = "int8" if value.dtype == "bool" else value.dtype
+        buffer = emit.allocate(max(size * groups, 1), dtype)
         return _Place(buffer, group * size, strides, absolute=False)
 
     def _offset(self, value: Value, place: _Place, indices: Sequence[Expr]) -> Expr:
@@ -480,11 +501,18 @@ class _Emitter:
         offset = self._offset(value, place, indices)
         stride = 1 if vector is None else place.strides[vector]
         if vector is None or lanes == 1:
-            return emit.load(place.buffer, offset, 1)
-        if isinstance(stride, int) and stride == 1:
-            return emit.load(place.buffer, offset, lanes)
-        ramp = T.ramp(emit.index(offset), emit.index(stride), lanes)
-        return place.buffer[ramp]
+            found = emit.load(place.buffer, offset, 1)
+        elif isinstance(stride, int) and stride == 1:
+            found = emit.load(place.buffer, offset, lanes)
+        else:
+            found = place.buffer[T.ramp(emit.index(offset), emit.index(stride), lanes)]
+        return self._truth(value, place, found, 1 if vector is None else lanes)
+
+    @staticmethod
+    def _truth(value: Value, place: _Place, found: Expr, lanes: int) -> Expr:
+        if value.dtype != "bool" or place.absolute:
+            return found
+        return found != emit.constant(0, "int8", lanes)
 
     def store(
         self,
@@ -496,6 +524,8 @@ class _Emitter:
         new: Expr,
     ) -> None:
         """Write elements of a value."""
+        if value.dtype == "bool" and not place.absolute:
+            new = T.Select(new, *(emit.constant(truth, "int8", lanes) for truth in (1, 0)))
         offset = self._offset(value, place, indices)
         stride = 1 if vector is None else place.strides[vector]
         if lanes == 1 or (isinstance(stride, int) and stride == 1):
@@ -592,7 +622,7 @@ class _Emitter:
         place = self.places[operand]
         offset = self._offset(operand, place, places)
         ramp = T.ramp(emit.index(offset), emit.index(place.strides[vector] * stride), lanes)
-        return place.buffer[ramp]
+        return self._truth(operand, place, place.buffer[ramp], lanes)
 
     # -- statements --------------------------------------------------------------------------------
 
@@ -683,7 +713,7 @@ class _Emitter:
         initial = first(value.dtype)
 
         def one(indices: list[Expr], vector: int | None, lanes: int) -> None:
-            total = emit.allocate(lanes, value.dtype, registers=True)
+            total = emit.allocate(lanes, value.dtype)
             emit.store(total, 0, emit.constant(initial, value.dtype, lanes), lanes)
             places: list[Expr] = [0] * len(operand.shape)
             for axis, number in zip(kept, indices, strict=True):
@@ -764,18 +794,12 @@ class _Emitter:
             for label, size in self.parallel.items()
             if label not in (self.across, self.rows)
         }
-        blocks, block_of = self._blocks()
-        tasks: Any = blocks
-        for size in fixed.values():
-            tasks = tasks * size
+        divide = self._blocks if self.across is None else self._parts
+        tasks, task_of = divide(fixed)
         with emit.loop(tasks, "serial" if is_one(tasks) else "parallel") as number:
-            rest: Any = number
             self.task = _Task()
-            for label, size in fixed.items():
-                self.task.starts[label] = emit.bind(rest % size)
-                rest = rest // size
             self._check_memory()
-            block_of(emit.bind(rest))
+            task_of(number)
             self._run(length, buffers, captured, initial, final)
 
     def _parameters(self, length: Expr) -> dict[str, Buffer]:
@@ -809,50 +833,83 @@ class _Emitter:
         if sum(8 * self._local_size(value) for value in values) > _MAX_LOCAL:
             raise UsageError("its state takes too much memory for a kernel")
 
-    def _blocks(self) -> tuple[Expr, Callable[[Expr], None]]:
-        """Number of blocks of channels or rows, and what sets the task to one."""
-        if self.across is not None:
-            size, lanes = int(self.parallel[self.across]), self.lanes
-            groups = ceil_div(size, lanes)
-            kept = [*self.step.states, *self._laid_out()]
-            near = _NEAR // max(4 * sum(map(self._local_size, kept)), 1)
-            # Two blocks for two cores. The more channels a block has, the longer the parts of
-            # memory that it reads at each step.
-            most = self._groups = max(1, min(groups // 2, near))
+    def _parts(self, fixed: dict[tuple[int, int], Size]) -> tuple[Expr, Callable[[Expr], None]]:
+        """Number of tasks with vectors across channels, and what sets the task to one.
 
-            def channels(number: Expr) -> None:
-                self._first_group = emit.bind(number * most)
-                self._present = emit.bind(emit.lesser(groups - self._first_group, most))
+        A group is a vector of channels at one place of the other parallel axes. Those of a task lie
+        side by side, so that a step reads and writes long parts of memory.
+        """
+        across = self.across
+        assert across is not None
+        size, lanes = int(self.parallel[across]), self.lanes
+        vectors = ceil_div(size, lanes)
+        groups: Any = vectors
+        for entry in fixed.values():
+            groups = groups * entry
+        kept = [*self.step.states, *self._laid_out()]
+        near = max(1, _NEAR // max(4 * sum(map(self._local_size, kept)), 1))
+        # Equal tasks for two cores: two, or four, ...
+        if isinstance(groups, int):
+            tasks = 2 * max(1, ceil_div(groups, 2 * near))
+            most = self._groups = max(1, ceil_div(groups, tasks))
+        else:
+            tasks = 2 * T.max((groups + (2 * near - 1)) // (2 * near), emit.index(1))
+            most = emit.bind(T.max((groups + tasks - 1) // tasks, emit.index(1)))
+            self._groups = near
 
-            return ceil_div(groups, most), channels
-        if self.rows is None:
-            return 1, lambda _number: None
-        size = self.parallel[self.rows]
-        # Two blocks for two cores, or many.
+        def task_of(number: Expr) -> None:
+            first = emit.bind(number * most)
+            self._present = emit.bind(emit.lesser(groups - first, most))
+            # Memory, not divisions at each step.
+            starts = {label: emit.allocate(self._groups, "int64") for label in (across, *fixed)}
+            with emit.loop(self._present) as group:
+                # The last vector overlaps the one before.
+                vector = (first + group) % vectors
+                channel = emit.lesser(vector * lanes, max(size - lanes, 0))
+                emit.store(starts[across], group, channel, 1)
+                rest = (first + group) // vectors
+                for label, entry in reversed(fixed.items()):
+                    places = emit.greater(entry, 1)  # TVM divides where nothing runs, too
+                    emit.store(starts[label], group, rest % places, 1)
+                    rest = rest // places
+            self._starts = starts
+
+        return (groups + most - 1) // most, task_of
+
+    def _blocks(self, fixed: dict[tuple[int, int], Size]) -> tuple[Expr, Callable[[Expr], None]]:
+        """Number of tasks without them, and what sets the task to one."""
+        most: Any = 1
+        blocks: Any = 1
+        size = None if self.rows is None else self.parallel[self.rows]
+        # Two blocks of rows for two cores, or many.
         if isinstance(size, int):
             most = ceil_div(size, 2) if size <= 2 * _ROWS else _FEWER_ROWS
-            blocks: Any = ceil_div(size, most)
-        else:
+            blocks = ceil_div(size, most)
+        elif size is not None:
             half = T.max((size + 1) // 2, emit.index(1))
             most = emit.bind(T.Select(size <= 2 * _ROWS, half, emit.index(_FEWER_ROWS)))
             blocks = (size + most - 1) // most
 
-        def rows(number: Expr) -> None:
-            assert self.rows is not None
-            self.task.starts[self.rows] = emit.bind(number * most)
-            self.task.rows = emit.bind(emit.lesser(size - self.task.starts[self.rows], most))
+        def task_of(number: Expr) -> None:
+            rest: Any = number
+            for label, entry in fixed.items():
+                self.task.starts[label] = emit.bind(rest % entry)
+                rest = rest // entry
+            if self.rows is not None:
+                self.task.starts[self.rows] = emit.bind(rest * most)
+                self.task.rows = emit.bind(emit.lesser(size - self.task.starts[self.rows], most))
 
-        return blocks, rows
+        tasks = blocks
+        for entry in fixed.values():
+            tasks = tasks * entry
+        return tasks, task_of
 
     def _group(self, number: Expr) -> None:
-        """Set the task to a group of channels; the last one overlaps the one before."""
+        """Set the task to a group of channels."""
         if self.across is None:
             return
-        size, lanes = int(self.parallel[self.across]), self.lanes
-        start = (self._first_group + number) * lanes
-        if size % lanes:
-            start = emit.lesser(start, size - lanes)
-        self.task.starts[self.across] = emit.bind(start)
+        for label, starts in self._starts.items():
+            self.task.starts[label] = emit.bind(emit.load(starts, number, 1))
 
     def _run(
         self,
@@ -1014,12 +1071,13 @@ class _Emitter:
 
 
 def _computed(result: Expr, dtype: str, lanes: int) -> Expr:
-    """Compute an expression once, in registers, hidden from TVM.
+    """Compute an expression once, in a register, hidden from TVM.
 
     Its analysis puts the expression in the place of each use of a variable that is bound to it:
-    two functions one behind the other take it half a minute.
+    two functions one behind the other take it half a minute. The memory is on the stack, which
+    LLVM turns into registers; it would keep what TVM allocates for ``registers`` up to date.
     """
-    memory = emit.allocate(lanes, dtype, registers=True)
+    memory = emit.allocate(lanes, dtype)
     emit.store(memory, 0, result, lanes)
     return emit.bind(emit.load(memory, 0, lanes))
 

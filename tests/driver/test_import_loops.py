@@ -406,7 +406,7 @@ def test_a_shape_that_is_computed_outside() -> None:
         ("double", "a = Tanh(e) t = Mul(s, a) b = Sigmoid(t) o = Exp(b)"),
     ],
 )
-@pytest.mark.parametrize("width", [1, 3, 19])
+@pytest.mark.parametrize("width", [1, 3, 19, 64])
 def test_types(kind: str, body: str, width: int) -> None:
     shape = f"{kind}[2, {width}]"
     two = f", {kind} two = {{2}}" if kind == "int64" else ""

@@ -187,6 +187,14 @@ def power(a: Numbers) -> Numbers:
             id="exp",
         ),
         pytest.param(
+            "_EXP_SHORT",
+            lambda r: (np.expm1(r) - r) / r**2,
+            lambda r: r**2 / np.exp(r),
+            *(-1.001 * np.log(2) / 2, 1.001 * np.log(2) / 2),
+            1.06e-7,
+            id="exp-short",
+        ),
+        pytest.param(
             "_LOG",
             lambda f: (np.log1p(f) - f + f**2 / 2) / f**3,
             lambda f: np.abs(f**3 / np.log1p(f)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from bitwright.targets.kernels.recurrence import Recurrence, Value, aligned, ker
 from tests.quant.qdq import Array
 
 TARGETS = [{"kind": "llvm"}, {"kind": "llvm", "mcpu": "x86-64-v3"}]
-CHANNELS = [1, 3, 5, 8, 9, 17, 77]
+CHANNELS = [1, 3, 5, 8, 9, 17, 32, 77, 94]
 
 PACK = {"float32": float_matmul.pack, "int8": code_matmul.pack, "int16": code_matmul.pack}
 
@@ -166,6 +167,34 @@ def test_symbolic_batch(batch: int) -> None:
     size = tirx.Var("batch", "int64")
     for test in (leaky(size, 5), total(size, 5)):
         Test(test.step, test.reference, {size: batch}).run(TARGETS[1], 4)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 8, 101])
+@pytest.mark.parametrize("places", [1, 3])
+def test_tasks_of_channels_and_batch(places: int, batch: int) -> None:
+    """Of 101 rows a cache holds a part only."""
+    size = tirx.Var("batch", "int64")
+    test = leaky(size, places, 94)
+    Test(test.step, test.reference, {size: batch}).run(TARGETS[1], 3)
+    leaky(batch, places, 94).run(TARGETS[1], 3)
+
+
+@pytest.mark.parametrize(
+    "channels, depth, lanes",
+    [
+        *[(550, 1, 32), (64, 1, 32), (63, 1, 16), (48, 1, 16), (40, 1, 8), (9, 1, 8), (5, 1, 4)],
+        *[(512, 64, 32), (512, 200, 16), (512, 2000, 8)],
+    ],
+)
+def test_vectors_are_full_and_their_states_in_the_cache(
+    channels: int, depth: int, lanes: int
+) -> None:
+    s, x = state(channels, depth), element(channels, depth)
+    new = add(s, x)
+    step = Recurrence((), (s,), (x,), (new,), (reduced(new, "sum", 1),))
+    text = kernel(step, "loop", 4).script()
+    assert re.search(rf"\[T.Ramp\(.*, {lanes}\)\]", text)
+    assert not re.search(rf"\[T.Ramp\(.*, {2 * lanes}\)\]", text)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=["plain", "v3"])
