@@ -79,7 +79,8 @@ def exp(x: Expr, lanes: int) -> Expr:
     """exp(x) within 2e-7; 0 where that is below 2^-126."""
     x = bind(x)
     shifted, rest = _reduce(x, _ROUND, lanes)
-    value = _exp_of_rest(_EXP, rest, lanes)
+    # Rounded once: recurrences add up what the exponentials of thousands of steps are off.
+    value = _number(1.0, lanes) + _expm1_of_rest(rest, lanes)
     # To add to the exponent, unlike a multiplication, reaches 2^127 from 2^128 and below 1.
     exponent = T.shift_left(reinterpret(shifted, "int32", lanes), constant(23, "int32", lanes))
     value = reinterpret(reinterpret(value, "int32", lanes) + exponent, "float32", lanes)
@@ -181,13 +182,6 @@ def _power_of_two(shifted: Expr, lanes: int) -> Expr:
     return bind(reinterpret(bits, "float32", lanes))
 
 
-def _exp_of_rest(coefficients: Sequence[float], rest: Expr, lanes: int) -> Expr:
-    """exp(r) of what :func:`_reduce` left."""
-    square = bind(rest * rest)
-    tail = _polynomial(coefficients, rest, square, lanes)
-    return _multiply_add(square, tail, _number(1.0, lanes) + rest, lanes)
-
-
 def _expm1_of_rest(rest: Expr, lanes: int) -> Expr:
     """exp(r) - 1 of what :func:`_reduce` left."""
     square = bind(rest * rest)
@@ -199,7 +193,9 @@ def _one_plus_exp_of_negative(x: Expr, lanes: int) -> Expr:
     # The scale is infinite where the exponent is 128; above 80 it does not count beside 1.
     clamped = _at_most(80.0, _at_least(-89.0, x, lanes), lanes)
     shifted, rest = _reduce(_number(-1.0, lanes) * clamped, _ROUND + 127, lanes)
-    value = _exp_of_rest(_EXP_SHORT, rest, lanes)
+    square = bind(rest * rest)
+    tail = _polynomial(_EXP_SHORT, rest, square, lanes)
+    value = _multiply_add(square, tail, _number(1.0, lanes) + rest, lanes)
     return _multiply_add(_power_of_two(shifted, lanes), value, _number(1.0, lanes), lanes)
 
 
