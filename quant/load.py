@@ -33,8 +33,8 @@ from onnx_ir.passes.common import (
 )
 
 from bitwright.errors import BitwrightError, ModelError, first_line
-from bitwright.quant.float_ops import FloatOperator
-from bitwright.quant.graph import all_nodes, loop_body
+from bitwright.quant.float_ops import Array, FloatOperator
+from bitwright.quant.graph import all_nodes, constant, loop_body
 from bitwright.quant.recurrent import decompose
 from bitwright.vocabulary import Dim
 
@@ -51,9 +51,9 @@ _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 # Folding evaluates an operator once per constant; these are the ones exporters leave on weights.
 _FOLDABLE = frozenset(
-    "Abs Add Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather Identity"
-    " Mul Neg Pow Reciprocal Reshape Shape Slice Split Sqrt Squeeze Sub Tile Transpose Unsqueeze"
-    " Where".split()
+    "Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather Greater"
+    " Identity Less Mul Neg Not Or Pow Reciprocal Reshape Shape Slice Split Sqrt Squeeze Sub Tile"
+    " Transpose Unsqueeze Where".split()
 )
 _FOLD_LIMIT = 1 << 28  # bytes that all expressions together may add to the weights
 
@@ -562,6 +562,7 @@ def _normalize(
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     _fix_input_shapes(model, input_shapes, where)
     changed = _fold_constants(model)  # amounts of a Pad, say, that were computed
+    changed = _take_branches(model, where) or changed
     if decompose(model, where) or changed:
         _infer_shapes(model, where)
     RemoveUnusedNodesPass()(model)
@@ -923,21 +924,93 @@ def _fold_constants(model: ir.Model) -> bool:
         arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
         if any(array is not None and array.dtype.kind not in "fiub" for array in arrays):
             continue
-        results = FloatOperator(node, model.opset_imports[""]).run(arrays)
-        for value, array in zip(node.outputs, results, strict=True):
-            value_name = str(value.name)
-            constant = ir.Value(
-                name=value_name,
-                shape=ir.Shape(array.shape),
-                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-                const_value=ir.tensor(array, name=value_name),
-            )
-            value.name = None
-            graph.register_initializer(constant)
-            ir.convenience.replace_all_uses_with(value, constant)
-        graph.remove(node, safe=True)
+        _make_constant(graph, node, FloatOperator(node, model.opset_imports[""]).run(arrays))
         folded = True
     return folded
+
+
+def _fold_sizes(model: ir.Model) -> None:
+    """Replace what is known of shapes: numbers of elements, and sizes that Gather picks."""
+    for node in list(model.graph):
+        source = node.inputs[0] if node.inputs and node.domain == "" else None
+        if source is None or node.outputs[0].is_graph_output():
+            continue
+        if node.op_type == "Size" and source.shape is not None and source.shape.is_static():
+            _make_constant(model.graph, node, [np.array(math.prod(source.shape.numpy()))])
+        shaped = source.producer()
+        if node.op_type != "Gather" or shaped is None or shaped.op_type != "Shape":
+            continue
+        places, whole = constant(node.inputs[1]), shaped.inputs[0]
+        if places is None or whole is None or whole.shape is None or shaped.attributes:
+            continue
+        picked = [whole.shape[int(place)] for place in places.reshape(-1)]
+        if all(isinstance(size, int) for size in picked):
+            array = np.array(picked, np.int64).reshape(places.shape)
+            _make_constant(model.graph, node, [array])
+
+
+def _make_constant(graph: ir.Graph, node: ir.Node, results: Sequence[Array]) -> None:
+    """Replace a node by its outputs."""
+    for value, array in zip(node.outputs, results, strict=True):
+        value_name = str(value.name)
+        constant = ir.Value(
+            name=value_name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+            const_value=ir.tensor(array, name=value_name),
+        )
+        value.name = None
+        graph.register_initializer(constant)
+        ir.convenience.replace_all_uses_with(value, constant)
+    graph.remove(node, safe=True)
+
+
+def _take_branches(model: ir.Model, where: str) -> bool:
+    """Put the branch of each If whose condition is known in its place; say whether any was.
+
+    Conditions often depend on sizes, and branches hold branches.
+    """
+    taken = False
+    while any(node.op_type == "If" for node in model.graph):
+        _fold_sizes(model)
+        _fold_constants(model)
+        if not _take_known_branches(model.graph):
+            break
+        _name(model)
+        _infer_shapes(model, where)
+        taken = True
+    return taken
+
+
+def _take_known_branches(graph: ir.Graph) -> bool:
+    taken = False
+    for node in list(graph):
+        condition = constant(node.inputs[0]) if node.op_type == "If" and node.domain == "" else None
+        if condition is None:
+            continue
+        name = "then_branch" if condition.any() else "else_branch"
+        branch = node.attributes[name].as_graph()
+        results = list(branch.outputs)
+        branch.outputs.clear()
+        for value in list(branch.initializers.values()):
+            branch.initializers.pop(str(value.name))
+            value.name = f"{node.name}/{value.name}"
+            graph.register_initializer(value)
+        nodes = list(branch)
+        branch.remove(nodes)
+        graph.insert_before(node, nodes)
+        for old, result in zip(node.outputs, results, strict=True):
+            new = result
+            if result.producer() not in nodes:  # a value of the graph around, or a constant
+                copy = ir.node("Identity", [result], name=f"{node.name}/{old.name}")
+                graph.insert_before(node, copy)
+                new = copy.outputs[0]
+            new.name, old.name = old.name, None
+            new.type, new.shape = old.type, new.shape or old.shape
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        taken = True
+    return taken
 
 
 def _bytes(value: ir.Value) -> int | None:

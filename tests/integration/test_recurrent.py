@@ -157,6 +157,28 @@ def test_a_detector_of_voices_whose_branches_are_sampling_rates(batch: int) -> N
 
 
 @pytest.mark.slow
+def test_a_voice_detector_in_integers(tmp_path: Path) -> None:
+    """Both sample rates stand in one If; with the rate given, its branch is the model."""
+    model = onnx.load(models.ALL_ONNX["silero_vad"]().path)
+    (rate,) = [value for value in model.graph.input if value.name == "sr"]
+    model.graph.input.remove(rate)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(16000), "sr"))
+    path = tmp_path / "vad.onnx"
+    onnx.save(model, path)
+    samples = {"input": np.stack([normal(1, 576)] * 4), "state": np.stack([normal(2, 1, 128)] * 4)}
+    artifact = bitwright.compile(
+        path, "silago/drra", precision="w8a8", calibration=samples, output=tmp_path / "artifact"
+    )
+    assert len(artifact.manifest.layers) == 8
+    assert all(layer.kernel for layer in artifact.manifest.layers)
+    feeds = {name: array[0] for name, array in samples.items()}
+    for exact, near in zip(
+        ort.InferenceSession(str(path)).run(None, feeds), artifact.run(feeds).values(), strict=True
+    ):
+        assert 10 * np.log10((exact**2).sum() / ((exact - near) ** 2).sum()) > 30  # dB
+
+
+@pytest.mark.slow
 def test_the_text_segmenter_agrees() -> None:
     text = Path(__file__).read_bytes()[:2000]
     ids = np.frombuffer(text, np.uint8).astype(np.int64)

@@ -609,6 +609,62 @@ def test_expressions_of_constants_are_worked_out() -> None:
     )
 
 
+BRANCHES = {
+    "computes": ("m = MatMul(x, v) t = Relu(m)", "m = Neg(x) t = Abs(m)"),
+    "hands out a value of the graph around": ("t = Identity(x)", "t = Neg(x)"),
+    "hands out a constant": ("t = Constant <value = float[1, 4] {1, 2, 3, 4}> ()", "t = Neg(x)"),
+    "holds a branch": (
+        "c = Constant <value = bool {0}> () t = If (c) <then_branch = a () => (float[] p)"
+        " { p = Exp(x) }, else_branch = b () => (float[] q) { m = MatMul(x, v) q = Tanh(m) }>",
+        "t = Neg(x)",
+    ),
+}
+
+
+def branches(then: str, otherwise: str, condition: str) -> onnx.ModelProto:
+    return parse(
+        f"r = Sigmoid(x) {condition} y = If (flag) <then_branch = first () => (float[] t)"
+        f" {{ {then} }}, else_branch = second () => (float[] e) {{ {otherwise} }}> z = Add(r, y)",
+        inputs="float[n, 4] x, float[2, k] state",
+        outputs="float[n, 4] y, float[n, 4] z",
+        v=random(4, 4),
+        given=np.array(True),
+        axis=np.array(0),
+        two=np.array(2),
+    )
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_branch_that_is_known_stands_in_the_graph(name: str, known: bool) -> None:
+    then, otherwise = BRANCHES[name]
+    flag = "flag = Identity(given)" if known else "flag = Not(given)"
+    model = branches(then, otherwise.replace("t =", "e ="), flag)
+    loaded = load(model)
+    assert not any(node.op_type == "If" for node in loaded.graph)
+    feed = {"x": random(3, 4, seed=1), "state": random(2, 5)}
+    for ours, theirs in zip(run(loaded.to_proto(), feed), run(model, feed), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert [value.name for value in loaded.outputs] == ["y", "z"]
+
+
+@pytest.mark.parametrize(
+    "condition, known",
+    [
+        ("s = Shape(state) d = Gather(s, axis) flag = Equal(d, two)", True),
+        ("s = Shape(state) d = Size(s) flag = Less(two, d)", True),
+        ("s = Shape(x) d = Gather(s, axis) flag = Equal(d, two)", False),  # n is symbolic
+    ],
+)
+def test_conditions_of_sizes(condition: str, known: bool) -> None:
+    model = branches("t = Relu(x)", "e = Neg(x)", f"{condition} other = Not(given)")
+    loaded = load(model)
+    feed = {"x": random(2, 4, seed=1), "state": random(2, 5)}
+    for ours, theirs in zip(run(loaded.to_proto(), feed), run(model, feed), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert any(node.op_type == "If" for node in loaded.graph) is not known
+
+
 def test_constant_outputs_stay_outputs() -> None:
     model = parse("k = Neg (c)  y = Relu (x)", outputs="float[] y, float[] k", c=random(3))
     loaded = check_same(model, {"x": X})
