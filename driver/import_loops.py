@@ -22,11 +22,10 @@ from bitwright.import_builder import Builder, Expr, all_inputs, const, is_call
 from bitwright.passes import ops
 from bitwright.passes.expressions import Sizes, global_variable, substituted
 from bitwright.quant.float_ops import Array, captured_values
-from bitwright.quant.graph import attribute, constant
+from bitwright.quant.graph import ENDLESS, attribute, constant
 
 __all__ = ["ControlFlow", "renewed"]
 
-_ENDLESS = 2**31 - 1  # what exporters write for the trip count of a loop without a bound, or more
 
 
 class ControlFlow(ABC):
@@ -142,7 +141,7 @@ class ControlFlow(ABC):
             for value in all_inputs(node)[(trips is not None) + (condition is not None) :]
         ]
         bound = self.constant(trips)
-        if trips is None or (bound is not None and bound.item() >= _ENDLESS):
+        if trips is None or (bound is not None and bound.item() >= ENDLESS):
             raise ValueError("it is a loop without a bound: give it a trip count")
         numbers = self._iterations(trips)
         known = None if condition is None else self.constant(condition)

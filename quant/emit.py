@@ -23,6 +23,7 @@ from bitwright.quant.graph import (
     channel_axis,
     constant,
     data_inputs,
+    graph_of,
     is_clamp,
     is_move,
     loop_body,
@@ -182,10 +183,13 @@ class Emitter:
     def float_nodes(self) -> list[ir.Node]:
         """Nodes that neither run in integers nor only carry or clamp values between those."""
         quantizers = ("QuantizeLinear", "DequantizeLinear")
+        fixed = {graph_of(value) for value in self._placement.leaving}
         return [
             node
-            for node in self._graph
-            if node not in self._placement.layers
+            for node in all_nodes(self._graph)
+            if (node.graph is self._graph or node.graph in fixed)
+            and loop_body(node) not in fixed
+            and node not in self._placement.layers
             and node not in self._integer
             and node.op_type not in quantizers
             and not self._on_integer_path(node)

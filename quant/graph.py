@@ -17,6 +17,7 @@ import onnx_ir as ir
 from bitwright.quant.float_ops import Array
 
 __all__ = [
+    "ENDLESS",
     "all_nodes",
     "attribute",
     "channel_axis",
@@ -24,6 +25,7 @@ __all__ = [
     "constant",
     "data_inputs",
     "elementwise_roots",
+    "graph_of",
     "is_arithmetic",
     "is_clamp",
     "is_elementwise",
@@ -44,6 +46,9 @@ _UNARY = frozenset(
     " ThresholdedRelu".split()
 )
 _BINARY = frozenset("Add Div Max Min Mul Pow PRelu Sub".split())
+ENDLESS = 2**31 - 1
+"""What exporters write for the trip count of a loop without a bound, or more."""
+
 _AVERAGES = frozenset("AveragePool GlobalAveragePool ReduceMean ReduceSum".split())
 
 
@@ -93,6 +98,12 @@ def loop_body(node: ir.Node) -> ir.Graph | None:
     return body
 
 
+def graph_of(value: ir.Value) -> ir.Graph | ir.Function | None:
+    """The graph that a value is computed in or enters."""
+    node = value.producer()
+    return value.graph if node is None else node.graph
+
+
 def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """Nodes in order of execution; in front of each Scan or Loop those of its body.
 
@@ -105,18 +116,32 @@ def all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
         yield node
 
 
+def _is_plain_gemm(node: ir.Node) -> bool:
+    if node.op_type != "Gemm" or attribute(node, "transA", 0):
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    return factors == (1.0, 1.0) and (bias is None or (_is_weight(bias) and _rank(bias) == 1))
+
+
+def _rank(value: ir.Value) -> int:
+    return 0 if value.shape is None else len(value.shape)
+
+
 def layers_of(graph: ir.Graph) -> list[ir.Node]:
     """Nodes that multiply by constant weights, in order of execution.
 
-    In the body of a loop only matrix products with their weights on the right are layers.
+    In the body of a loop only matrix products with their weights on the right are layers, among
+    them a Gemm that adds one constant a column, or nothing.
     """
 
     def is_layer(node: ir.Node) -> bool:
         index = weight_input(node)
         if index is None or node.graph is graph:
             return index is not None
-        transposed = node.op_type == "Gemm" and attribute(node, "transA", 0)
-        return node.op_type in ("MatMul", "Gemm") and index == 1 and not transposed
+        data = node.inputs[0]
+        known = data is not None and data.shape is not None  # else its values cannot be collected
+        return index == 1 and known and (node.op_type == "MatMul" or _is_plain_gemm(node))
 
     return [node for node in all_nodes(graph) if is_layer(node)]
 

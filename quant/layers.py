@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bitwright.quant.graph import (
+    ENDLESS,
     all_nodes,
     attribute,
     channel_axis,
@@ -203,7 +204,8 @@ def _steps(loop: ir.Node) -> int | None:
     """How often the body of a Scan or Loop runs; None where that is known at run time only."""
     if loop.op_type == "Loop":
         trips = constant(loop.inputs[0])
-        return None if trips is None else int(trips.item())
+        count = ENDLESS if trips is None else int(trips.item())
+        return None if count >= ENDLESS else max(count, 0)
     scanned = attribute(loop, "num_scan_inputs")
     axes = attribute(loop, "scan_input_axes") or (0,) * scanned
     shape = _shape(loop.inputs[len(loop.inputs) - scanned])
@@ -213,7 +215,7 @@ def _steps(loop: ir.Node) -> int | None:
 def _reason(node: ir.Node) -> str:
     if node.op_type in ("Conv", "Gemm", "MatMul"):
         if weight_input(node) is not None:
-            return "a layer in a loop has its weights on the right of a matrix product"
+            return "a layer in a loop is a plain matrix product with its weights on the right"
         if constant(node.inputs[0]) is not None:
             return "its left operand is constant, its weights are computed"
         return "its weights are computed, not constant"

@@ -170,7 +170,7 @@ class Model:
         for value in values:
             name = str(value.name)
             if value in loops:
-                name = _collect_steps(nodes[loops[value]], name)
+                name = _collect_steps(nodes[loops[value]], name, value.shape)
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
         return proto
 
@@ -204,12 +204,13 @@ def _body_values(node: _Node) -> list[_Value]:
     return [*body.inputs, *(value for inner in body for value in inner.outputs)]
 
 
-def _collect_steps(node: onnx.NodeProto, name: str) -> str:
+def _collect_steps(node: onnx.NodeProto, name: str, shape: ir.Shape | None) -> str:
     """Make a value of a loop's body an output, one entry a step; return the output's name."""
     body = next(entry.g for entry in node.attribute if entry.name == "body")
     inner, outer = f"{name}/step", f"{name}/steps"
     body.node.append(onnx.helper.make_node("Identity", [name], [inner], name=inner))
-    body.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, None))
+    sizes = None if shape is None else [d if isinstance(d, int) else None for d in shape]
+    body.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, sizes))
     node.output.append(outer)
     for entry in node.attribute:
         if entry.name in ("scan_output_axes", "scan_output_directions"):

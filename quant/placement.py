@@ -23,6 +23,7 @@ from bitwright.quant.graph import (
     constant,
     data_inputs,
     elementwise_roots,
+    graph_of,
     is_arithmetic,
     is_clamp,
     is_move,
@@ -68,19 +69,22 @@ class Placement:
         self.roots = elementwise_roots(graph, excluded=self.biases)
         self._leads_to_layer = self._backward()
         self._from_layer = self._forward()
-        #: What leaves bodies of loops in fixed point, and the state it becomes in the next step.
+        # Of bodies in fixed point: states lead from each step to the next, so that all of it lies
+        # between layers.
+        self._in_bodies: set[ir.Value] = set()
+        #: What leaves those bodies, and the state it becomes in the next step.
         self.leaving: dict[ir.Value, ir.Value | None] = {}
         for node, body in _loops(graph) if fixed_point_loops else ():
             states, new = _states(node, body)
             becomes = dict(zip(new, states, strict=True))
             for value in body.outputs:
-                if value.producer() is not None and value.dtype == ir.DataType.FLOAT:
+                known = value.producer() is not None and value.shape is not None
+                if known and value.dtype == ir.DataType.FLOAT:
                     self.leaving[value] = becomes.get(value)
             self.roots.update(elementwise_roots(body, excluded=self.biases))
-            # States lead from each step to the next, so that all lies between layers.
-            computed = {v for inner in body for v in (*inner.inputs, *inner.outputs) if v}
-            self._leads_to_layer |= computed
-            self._from_layer |= computed
+            # onnxruntime collects no values of unknown rank.
+            values = [*body.inputs, *(value for inner in body for value in inner.outputs)]
+            self._in_bodies.update(value for value in values if value.shape is not None)
         # Found at once: whoever writes quantizers changes the graph while it asks.
         found = {value: self._find_table_root(value) for value in self.roots}
         self._table_roots = {value: root for value, root in found.items() if root is not None}
@@ -153,7 +157,9 @@ class Placement:
 
     def in_integers(self, value: ir.Value) -> bool:
         """Whether a value lies between layers."""
-        return value in self._leads_to_layer and value in self._from_layer
+        return value in self._in_bodies or (
+            value in self._leads_to_layer and value in self._from_layer
+        )
 
     def table_root(self, value: ir.Value) -> ir.Value | None:
         """The value that a table computes ``value`` from; None where there is no table.
@@ -164,7 +170,11 @@ class Placement:
 
     def _find_table_root(self, value: ir.Value) -> ir.Value | None:
         root = self.roots.get(value)
-        if root is None or root not in self._from_layer or value not in self._leads_to_layer:
+        if root is None:
+            return None
+        between = root in self._from_layer and value in self._leads_to_layer
+        collected = root in self._in_bodies or graph_of(root) is self.graph
+        if not between and not (value in self._in_bodies and collected):
             return None
         pending, seen = [value], set()
         clamps_only = True
@@ -195,6 +205,7 @@ class Placement:
             and node.outputs[0] not in self.roots
             and node.outputs[0].dtype == ir.DataType.FLOAT
             and self.in_integers(node.outputs[0])
+            and (node.graph is self.graph or all(v.shape is not None for v in self.operands(node)))
         )
 
     def elementwise_bits(self, node: ir.Node, plan: PrecisionPlan) -> int:
@@ -243,6 +254,8 @@ class Placement:
         """Whether a quantizer behind the node may stand in front of it instead."""
         return (
             is_move(node)
+            # In a loop, a sequence from outside would be quantized whole in every step.
+            and all(graph_of(value) is node.graph for value in self.operands(node))
             and node.outputs[0].dtype == ir.DataType.FLOAT
             and all(attr.type != ir.AttributeType.GRAPH for attr in node.attributes.values())
         )

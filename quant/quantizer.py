@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
@@ -278,9 +279,11 @@ def calibrate_model(
     }
     for new, old in placement.leaving.items():  # a state keeps its codes from step to step
         pair = [(str(v.name), loop_bits) for v in (new, old) if v is not None]
-        if all(key in quantizations for key in pair):
-            widest = max((quantizations[key] for key in pair), key=lambda q: (q.signed, q.scale))
-            quantizations.update(dict.fromkeys(pair, widest))
+        if len(pair) == 2 and pair[1] in quantizations:
+            both = Observer()
+            both.update(np.array([quantizations[key].clip for key in pair], np.float32))
+            found = choose_quantization(both, loop_bits, method="minmax", asymmetric=asymmetric)
+            quantizations.update(dict.fromkeys(pair, found))
     refinement = None
     if clip != "minmax":
         refinement = measure_errors(

@@ -267,15 +267,19 @@ class Reference:
             outer[value] = found if kept and found is not None else self._array(value, values)
         arrays = [None if v is None else self._array(v, values) for v in node.inputs]
         loop = _ScanSteps(node, arrays) if node.op_type == "Scan" else _LoopSteps(arrays)
-        codes: dict[str, list[IntArray]] = {}
+        # Those of loops further inside may be of different numbers from step to step.
+        codes: dict[str, list[IntArray]] = {
+            str(inner.outputs[0].name): [] for inner in body if inner.op_type == "QuantizeLinear"
+        }
         while (entering := loop.next()) is not None:
             inner = {**outer, **dict(zip(body.inputs, entering, strict=True))}
             step = len(loop.outputs)
             mine = {name: array[step] for name, array in given.items() if step < len(array)}
-            for name, array in self._run_graph(body, inner, mine, {}).items():
-                codes.setdefault(name, []).append(array)
+            made = self._run_graph(body, inner, mine, {})
+            for name, entries in codes.items():
+                entries.append(made[name])
             loop.done([self._array(value, inner) for value in body.outputs])
-        computed.update((name, np.stack(arrays)) for name, arrays in codes.items())
+        computed.update((name, np.stack(entries)) for name, entries in codes.items() if entries)
         return loop.results(body)
 
     def _execute(self, node: ir.Node, values: dict[ir.Value, _Value]) -> Sequence[_Value]:

@@ -34,7 +34,7 @@ import onnxruntime as ort
 
 from bitwright.errors import DataError, first_line
 from bitwright.quant.float_ops import Array, make_session
-from bitwright.quant.graph import channel_axis, constant, weight_input
+from bitwright.quant.graph import channel_axis, constant, graph_of, weight_input
 from bitwright.quant.load import Model
 from bitwright.quant.observers import (
     Observer,
@@ -128,8 +128,9 @@ def _reliable(mean: Array, variance: Array, samples: int) -> Array:
 class _Probe:
     """One layer, run by itself on recorded inputs, its output compared with the recorded one."""
 
-    def __init__(self, node: ir.Node, opset: int, *, shiftable: bool) -> None:
+    def __init__(self, node: ir.Node, graph: ir.Graph, opset: int, *, shiftable: bool) -> None:
         self.shiftable = shiftable
+        self._in_loop = node.graph is not graph
         index = weight_input(node)
         assert index is not None
         data, weights = node.inputs[1 - index], node.inputs[index]
@@ -137,6 +138,7 @@ class _Probe:
         assert weights is not None
         self.node = node
         self.data = data
+        self._recorded_by_step = graph_of(data) is node.graph
         array = constant(weights)
         assert array is not None
         self.weights: npt.NDArray[np.float32] = array
@@ -151,14 +153,23 @@ class _Probe:
         ``parameters`` holds ``scale``, ``low`` and ``high`` for a quantized input, or ``w`` for
         other weights.
         """
-        if self.node.op_type == "Gemm":  # in a loop there is an axis more
-            x, y = (array.reshape(-1, array.shape[-1]) for array in (x, y))
+        if self._in_loop:
+            x, y = self._by_step(x, y)
         quantized = "scale" in parameters
         if quantized not in self._sessions:
             self._sessions[quantized] = self._session(x.ndim, y.ndim, quantized=quantized)
         mean, square = self._sessions[quantized].run(None, {"x": x, "y": y, **parameters})
         channels = 1 if self.axis is None else self.weights.shape[self.axis]
         return mean.reshape(-1, channels), square.reshape(-1, channels)
+
+    def _by_step(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Bring what was recorded in a loop, one entry a step, into the form of a plain product."""
+        if not self._recorded_by_step:  # it comes from the graph around the loop
+            x = np.broadcast_to(x, (len(y), *x.shape))
+        if self.node.op_type == "Gemm":
+            return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        missing = max(self.weights.ndim - (x.ndim - 1), 0)
+        return x.reshape(len(x), *(1,) * missing, *x.shape[1:]), y
 
     def close(self) -> None:
         """Let go of the sessions: each has threads and memory of its own."""
@@ -404,7 +415,7 @@ def measure_errors(
     progress
         Called with the samples done and in total.
     """
-    probes = [_Probe(node, model.opset, shiftable=yes) for node, yes in layers.items()]
+    probes = [_Probe(node, model.graph, model.opset, shiftable=yes) for node, yes in layers.items()]
     names = {probe: str(probe.node.name) for probe in probes}
     found = Refinement({names[probe]: str(probe.data.name) for probe in probes}, quantizations)
     weight_candidates: dict[tuple[str, int], list[_Candidate]] = {}

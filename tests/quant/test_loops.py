@@ -6,6 +6,7 @@ same ones. Closed forms say how many products there are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_steps_of_a_loop_and_products_that_are_no_layers() -> None:
     layers, others = find_layers(load(left))
     assert not layers
     assert [e.reason for e in others if e.operator == "MatMul"] == [
-        "a layer in a loop has its weights on the right of a matrix product"
+        "a layer in a loop is a plain matrix product with its weights on the right"
     ]
 
 
@@ -279,6 +280,106 @@ def test_an_artefact_equals_the_reference(name: str, loop_bits: int, tmp_path: P
     assert codes
 
 
+# -- other forms -----------------------------------------------------------------------------------
+
+
+def sqnr(model: onnx.ModelProto, made: onnx.ModelProto, inputs: Mapping[str, Array]) -> float:
+    """Signal to quantization noise ratio of all outputs, in dB; the least."""
+    pairs = zip(outputs(model, inputs), outputs(made, inputs), strict=True)
+    return min(10 * float(np.log10(np.square(a).sum() / np.square(a - b).sum())) for a, b in pairs)
+
+
+BODIES = {
+    "a value of the graph around": "p = MatMul(c, w) q = MatMul(h, u) t = Add(p, q) new = Tanh(t)",
+    "the same in a Gemm": "p = Gemm(c, w) q = MatMul(h, u) t = Add(p, q) new = Tanh(t)",
+    "a bias that is computed": "p = MatMul(e, w) q = Gemm(h, u, p) new = Tanh(q)",
+    "a bias for each row": "p = MatMul(e, w) q = Gemm(h, u, rows) t = Add(p, q) new = Tanh(t)",
+    "a factor": "p = MatMul(e, w) q = Gemm <alpha = 0.5> (h, u) t = Add(p, q) new = Tanh(t)",
+    "weights of more axes": "p = MatMul(e, d) m = ReduceSum <keepdims = 0> (p, zero)"
+    " q = MatMul(h, u) t = Add(m, q) new = Tanh(t)",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("loop_bits", [8, 32])
+def test_products_of_other_forms(name: str, loop_bits: int, tmp_path: Path) -> None:
+    text = of_steps(BODIES[name]).replace("{end, y", "{ f = Tanh(given) c = Relu(f) end, y")
+    model = parsed(
+        text,
+        given=normal(3, 6),
+        w=normal(6, 8),
+        u=normal(8, 8, seed=1),
+        rows=normal(3, 8),
+        d=normal(2, 6, 8),
+        zero=np.array([0]),
+    )
+    made = quantized(model, tmp_path, "w8a8", loop_bits=loop_bits).model
+    loaded = load(made)
+    regions = compare_codes(loaded, Samples(feeds(model), loaded.inputs))
+    assert not any(region.differing for region in regions)
+    one = {key: array[0] for key, array in feeds(model).items()}
+    assert sqnr(model, made, one) > (15 if loop_bits == 8 else 20)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("text", ["s = Sigmoid(h) new = Mul(s, four)", "new = Sub(k, h)"])
+def test_a_state_keeps_its_range(text: str, asymmetric: bool, tmp_path: Path) -> None:
+    """It starts near zero and below, and is larger after the only step."""
+    model = parsed(of_steps(text), four=np.array(4, np.float32), k=np.array(3, np.float32))
+    one = {"x": normal(1, 3, 6), "start": -np.abs(normal(3, 8, scale=0.05))}
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    made = bitwright.quantize(
+        with_a_layer(path),
+        calibration={name: array[None] for name, array in one.items()},
+        precision="w8a8",
+        loop_bits=8,
+        asymmetric=asymmetric,
+    )
+    assert sqnr(onnx.load(path), made.model, one) > 25
+
+
+def with_a_layer(path: Path) -> Path:
+    """Add a product of the outputs: a model without any cannot be quantized."""
+    model = onnx.load(path)
+    model.graph.node.append(onnx.helper.make_node("MatMul", ["y", "last"], ["z"], name="last"))
+    model.graph.initializer.append(numpy_helper.from_array(normal(8, 2), "last"))
+    model.graph.output.append(onnx.ValueInfoProto(name="z"))
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    return path
+
+
+def test_a_loop_without_a_step(tmp_path: Path) -> None:
+    made = quantized(LOOP, tmp_path, "w8a8").model
+    (trips,) = [entry for entry in made.graph.initializer if entry.name == "trips"]
+    trips.CopyFrom(numpy_helper.from_array(np.array(0), "trips"))
+    loaded = load(made)
+    regions = compare_codes(loaded, Samples(feeds(LOOP), loaded.inputs))
+    assert all(region.codes == 0 for region in regions if region.name != "x_QuantizeLinear")
+
+
+def test_a_loop_in_a_loop_stays_float(tmp_path: Path) -> None:
+    inner = (
+        "n = Loop <body = inner (int64 i, bool more, float[B, 8] a) => (bool on, float[B, 8] b)"
+        " { on = Identity(more) b = Mul(a, half) }> (two, yes, t)"
+    )
+    model = parsed(
+        of_steps(f"q = MatMul(h, u) t = Tanh(q) {inner} new = Tanh(n)"),
+        u=normal(8, 8, scale=1.0),
+        half=np.array(0.5, np.float32),
+        two=np.array(2),
+        yes=np.array(True),
+    )
+    made = quantized(model, tmp_path, "w8a8", loop_bits=8).model
+    loaded = load(made)
+    regions = compare_codes(loaded, Samples(feeds(model), loaded.inputs))
+    assert not any(region.differing for region in regions)
+    (x, start) = (feeds(model)[name][0] for name in ("x", "start"))
+    found, _ = Reference(loaded).run({"x": x, "start": start})
+    expected = outputs(made, {"x": x, "start": start})
+    np.testing.assert_allclose(found["end"], expected[0], atol=1e-6)
+
+
 # -- plans -----------------------------------------------------------------------------------------
 
 
@@ -287,11 +388,7 @@ def test_loop_bits_that_do_not_exist(bits: Any) -> None:
     with pytest.raises(PlanError, match="loop_bits"):
         PrecisionPlan({}, loop_bits=bits)
     with pytest.raises(PlanError, match="loop_bits"):
-        PrecisionPlan.from_json(
-            f'{{"schema_version": 1, "layers": {{}}, "loop_bits": {str(bits).lower()!r}}}'.replace(
-                "'", '"'
-            )
-        )
+        PrecisionPlan.from_json(json.dumps({"schema_version": 1, "layers": {}, "loop_bits": bits}))
 
 
 def test_a_plan_keeps_its_loop_bits() -> None:
