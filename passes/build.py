@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,11 +200,10 @@ def build(
         reports.append(_report(name, dict(pipeline.options[name]), seconds, module))
         if dump_ir is not None:
             _dump(dump_ir / f"{len(reports)}-{name}.txt", module)
-    left = {node_name(call) for call in scans(module)}
-    host_operators = tuple(
-        replace(entry, reason=_NO_KERNEL) if entry.name in left else entry
-        for entry in (_host_operators(module) if host_operators is None else host_operators)
-    )
+    left = dict.fromkeys(node_name(call) for call in scans(module))
+    named = {entry.name: entry for entry in host_operators or _host_operators(module)}
+    named.update((name, HostOperator(name, "scan", _NO_KERNEL)) for name in left)
+    host_operators = tuple(named.values())
     if progress is not None:
         progress("code generation")
     entry = module["main"]
@@ -383,7 +382,7 @@ def _layers(
         found[name] = [layer]
     # In the order in which main calls them.
     order = []
-    for call in calls(module["main"]):
+    for _, call in _called(module):
         if isinstance(call.op, tvm.ir.GlobalVar):
             order += found.get(call.op.name_hint, [])
         elif operator(call) == SCAN:  # it stays one, and TVM makes the code of its body
@@ -393,22 +392,28 @@ def _layers(
     return tuple(reversed(layers.values()))
 
 
-def _host_operators(module: Any) -> tuple[HostOperator, ...]:
-    found: dict[str, HostOperator] = {}
+def _called(module: Any) -> Iterator[tuple[str, Any]]:
+    """Calls of main and of the branches that it calls, and what the variables are called."""
     functions = [module["main"]]
-    for function in functions:  # grows by the branches that it calls
+    for function in functions:  # it grows
         names = {value: var.name for var, value in bindings(function).items()}
         for call in calls(function):
-            name = operator(call)
-            if name == COND:
+            if operator(call) == COND:
                 functions += [module[branch] for branch in call.args[:2]]
-                continue
-            if name == SCAN and not any(map(_computes_floats, calls(module[call.args[0]]))):
-                continue  # it is in fixed point
-            if _computes_floats(call):
-                title = node_name(call) or names.get(call, name)
-                short = name.removeprefix("nn.").removeprefix("bitwright.")
-                found.setdefault(title, HostOperator(title, short, _reason(call)))
+            else:
+                yield names.get(call, ""), call
+
+
+def _host_operators(module: Any) -> tuple[HostOperator, ...]:
+    found: dict[str, HostOperator] = {}
+    for variable, call in _called(module):
+        name = operator(call)
+        if name == SCAN and not any(map(_computes_floats, calls(module[call.args[0]]))):
+            continue  # it is in fixed point
+        if _computes_floats(call):
+            title = node_name(call) or variable or name
+            short = name.removeprefix("nn.").removeprefix("bitwright.")
+            found.setdefault(title, HostOperator(title, short, _reason(call)))
     return tuple(found.values())
 
 

@@ -61,7 +61,8 @@ def _function(name: str, of_libm: Callable[[Expr], Expr]) -> Callable[[Expr, int
 
 
 def _relu(x: Expr, lanes: int) -> Expr:
-    return T.max(x, emit.constant(0, _element(x), lanes))
+    zero = emit.constant(0, _element(x), lanes)
+    return T.Select(x < zero, zero, x)  # keeps what is not a number
 
 
 def _element(x: Expr) -> str:
@@ -105,11 +106,29 @@ _UNARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "tanh": (_function("tanh", T.tanh), 10),
 }
 
+
+def _divide(a: Expr, b: Expr, lanes: int) -> Expr:
+    return a / b if _is_float(a) else T.truncdiv(a, _not_zero(b, lanes))
+
+
+def _floor_mod(a: Expr, b: Expr, lanes: int) -> Expr:
+    return a - T.floor(a / b) * b if _is_float(a) else T.floormod(a, _not_zero(b, lanes))
+
+
+def _is_float(x: Expr) -> bool:
+    return str(x.ty.dtype).startswith("float")
+
+
+def _not_zero(b: Expr, lanes: int) -> Expr:
+    """A divisor: the steps behind the end of a Loop compute as well, and must not trap."""
+    return T.Select(b == emit.constant(0, _element(b), lanes), _one(b, lanes), b)
+
+
 _BINARY: dict[str, tuple[Callable[..., Expr], int]] = {
     "add": (lambda a, b, _: a + b, 1),
-    "divide": (lambda a, b, _: _divide(a, b), 2),
+    "divide": (_divide, 2),
     "equal": (lambda a, b, _: a == b, 1),
-    "floor_mod": (lambda a, b, _: _floor_mod(a, b), 3),
+    "floor_mod": (_floor_mod, 3),
     "greater": (lambda a, b, _: a > b, 1),
     "greater_equal": (lambda a, b, _: a >= b, 1),
     "left_shift": (lambda a, b, _: T.shift_left(a, b), 1),
@@ -133,14 +152,6 @@ def _false(lanes: int) -> Expr:
 
 def _true(lanes: int) -> Expr:
     return emit.broadcast(tirx.const(True, "bool"), lanes)
-
-
-def _divide(a: Expr, b: Expr) -> Expr:
-    return a / b if str(a.ty.dtype).startswith("float") else T.truncdiv(a, b)
-
-
-def _floor_mod(a: Expr, b: Expr) -> Expr:
-    return a - T.floor(a / b) * b if str(a.ty.dtype).startswith("float") else T.floormod(a, b)
 
 
 def _cast(before: str, after: str) -> Callable[..., Expr]:
@@ -263,7 +274,10 @@ class _Reader:
         shape = expr.ty.shape
         if shape is None:
             raise _OtherForm("a shape is not known")
-        return tuple(self._size(dim) for dim in shape)
+        sizes = tuple(self._size(dim) for dim in shape)
+        if any(isinstance(size, int) and size == 0 for size in sizes):
+            raise _OtherForm("it is empty")
+        return sizes
 
     def _size(self, dim: Any) -> Any:
         if isinstance(dim, int):
@@ -330,7 +344,9 @@ class _Reader:
 
         def function(x: Expr, lanes: int) -> Expr:
             least, most = (emit.constant(bound, data.dtype, lanes) for bound in bounds)
-            return T.min(T.max(x, least), most)
+            # Unlike minima and maxima, comparisons keep what is not a number.
+            above = T.Select(x < least, least, x)
+            return T.Select(above > most, most, above)
 
         return self._map(call, function, 1, [data])
 
@@ -549,7 +565,7 @@ class _Reader:
         count = math.prod(sizes)
 
         def function(x: Expr, lanes: int) -> Expr:
-            return _divide(x, emit.constant(count, data.dtype, lanes))
+            return _divide(x, emit.constant(count, data.dtype, lanes), lanes)
 
         return self._map(call, function, 2, [total])
 
@@ -692,12 +708,12 @@ class _Lowering:
             value if constant(value) is not None else given
             for value, given in zip(arguments, captured.fields, strict=True)
         ]
-        reader = _Reader(self._mod[body], arguments, len(states.fields), self._isa)
         try:
+            reader = _Reader(self._mod[body], arguments, len(states.fields), self._isa)
             step = reader.read()
             length = tirx.Var("steps", "int64")
             primitive = kernel(step, "recurrence", length, self._isa)
-        except (_OtherForm, UsageError):
+        except (_OtherForm, UsageError, RecursionError):  # the last of very long bodies
             return call
         given = [*(reader.arguments[value] for value in step.captured)]
         given += [*states.fields, *sequences.fields]
@@ -734,7 +750,8 @@ class _Lowering:
         return self._add(name, function)
 
     def _add(self, name: str, function: Any) -> Any:
-        taken = {variable.name_hint for variable in self.functions}
+        taken = {v.name_hint for v in (*self._mod.get_global_vars(), *self.functions)}
+        taken.add("main_transform_params")  # TVM adds it later
         unique, number = name, 1
         while unique in taken:
             number += 1

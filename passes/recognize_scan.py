@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -116,6 +117,12 @@ class _Atom:
     sources: frozenset[int] = field(compare=False)
 
 
+@lru_cache(maxsize=1 << 12)
+def _only(atom: _Atom) -> _Atom:
+    """The one object of equal atoms: to compare what they are made of may take exponential time."""
+    return atom
+
+
 _Product = frozenset[tuple[_Atom, int]]  # atoms and their powers
 _Polynomial = dict[_Product, float]  # products and their coefficients
 
@@ -147,7 +154,7 @@ def _moved(polynomial: _Polynomial, place: Callable[[int], int]) -> _Polynomial:
     result: _Polynomial = {}
     for product, number in polynomial.items():
         atoms = [
-            (_Atom(a.name, a.key, a.made, tuple(map(place, a.axes)), a.sources), power)
+            (_only(_Atom(a.name, a.key, a.made, tuple(map(place, a.axes)), a.sources)), power)
             for a, power in product
         ]
         result = _sum(result, {frozenset(atoms): number})
@@ -164,7 +171,7 @@ def _sources(polynomial: _Polynomial) -> frozenset[int]:
 
 def _atom(name: str, key: Sequence[Any], shape: Any, sources: frozenset[int]) -> _Polynomial:
     axes = tuple(_long_axes(shape))
-    return {frozenset({(_Atom(name, tuple(key), axes, axes, sources), 1)}): 1.0}
+    return {frozenset({(_only(_Atom(name, tuple(key), axes, axes, sources)), 1)}): 1.0}
 
 
 def _long_axes(shape: Any) -> list[int]:
@@ -473,6 +480,14 @@ def _complements(gate: _Atom, terms: _Polynomial, stateful: set[int]) -> bool:
     return bool(_sources({plain[0]: 1.0})) and terms.get(plain[0] | {(gate, 1)}) == -1.0
 
 
+def _is_activation_of_new(atom: _Atom) -> bool:
+    """Whether a factor is a function of the new state alone, channel by channel."""
+    if atom.name not in _ACTIVATIONS or atom.axes != atom.made or len(atom.key[1]) != 1:
+        return False
+    ((product, _),) = atom.key[1]
+    return _without(product, _NEW) == []
+
+
 def _is_hidden(output: _Polynomial, reading: _Reading, stateful: set[int]) -> bool:
     """Whether an output is the new state, or a function of it behind a gate."""
     from_new = [product for product in output if _NEW in _sources({product: 1.0})]
@@ -481,8 +496,7 @@ def _is_hidden(output: _Polynomial, reading: _Reading, stateful: set[int]) -> bo
     states = [
         atom
         for atom, power in from_new[0]
-        if power == 1
-        and (_is_parameter(atom, _NEW) or (atom.name in _ACTIVATIONS and atom.sources == {_NEW}))
+        if power == 1 and (_is_parameter(atom, _NEW) or _is_activation_of_new(atom))
     ]
     gates = [atom for atom, _ in from_new[0] if atom not in states]
     if len(states) != 1 or len(gates) > 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -107,9 +106,11 @@ def split(numbers: Numbers, rows: Expr, number: Expr, sizes: Sequence[int]) -> l
 class Numbers:
     """Computes numbers once, in memory: TVM's analysis takes minutes over nested quotients."""
 
+    MOST = 32
+
     def __init__(self) -> None:
-        self._memory = emit.allocate(16, "int64", registers=True)
-        self._places = count()
+        self._memory = emit.allocate(self.MOST, "int64", registers=True)
+        self._places = iter(range(self.MOST))
 
     def keep(self, value: Expr) -> Expr:
         """Compute a number."""

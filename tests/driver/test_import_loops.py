@@ -1191,3 +1191,52 @@ def test_softmax_inside_a_body_is_part_of_the_kernel(length: int) -> None:
     compiled = Compiled(model)
     assert (compiled.kernels, compiled.recursions) == (1, 0)
     assert_same(compiled(feed), by_onnxruntime(model, feed))
+
+
+# -- other forms -----------------------------------------------------------------------------------
+
+
+def test_steps_behind_the_end_do_not_divide_by_zero() -> None:
+    model = parsed(
+        "net (int64 n, int64 trips) => (int64[t] y) {"
+        " yes = Constant <value = bool {1}> () one = Constant <value = int64 {1}> ()"
+        " zero = Constant <value = int64 {0}> () k = Constant <value = int64 {60}> ()"
+        " y = Loop <body = step (int64 i, bool more) => (bool on, int64 q) {"
+        " d = Sub(n, i) q = Div(k, d) c = Sub(d, one) on = Greater(c, zero) }> (trips, yes) }"
+    )
+    check(model, {"n": np.array(5), "trips": np.array(10)})
+
+
+@pytest.mark.parametrize("name", ["main", "main_transform_params", "step_body"])
+def test_loops_of_any_name(name: str) -> None:
+    model = scan("t = Add(s, e) o = Identity(t)")
+    model.graph.node[-1].name = name
+    check_scan(model)
+
+
+@pytest.mark.parametrize("body", ["q = Relu(e)", "q = Clip(e, low, high)"])
+def test_what_is_no_number_stays_none(body: str) -> None:
+    low, high = (f"Constant <value = float {{{bound}}}> ()" for bound in (-1, 1))
+    model = scan(f"{body} t = Add(s, q) o = Identity(t)", before=f"low = {low} high = {high}")
+    feed = random(model, T=3)
+    feed["x"][1, 0, 0] = np.nan
+    check(model, feed)
+
+
+@pytest.mark.parametrize("sizes", ["0, 9", "3, 0"])
+def test_nothing_to_compute(sizes: str) -> None:
+    model = scan(
+        f"(float[{sizes}] s, float[{sizes}] e) => (float[{sizes}] t, float[{sizes}] o)"
+        " { t = Add(s, e) o = Tanh(t) }",
+        inputs=f"float[{sizes}] s0, float[T, {sizes}] x",
+        outputs=f"float[{sizes}] s1, float[T, {sizes}] y",
+    )
+    sizes_of = [int(size) for size in sizes.split(",")]
+    check(model, {"s0": normal(*sizes_of), "x": normal(3, *sizes_of)})
+
+
+def test_a_very_long_body() -> None:
+    steps = " ".join(f"a{n + 1} = Add(a{n}, e)" for n in range(700))
+    check(scan(f"a0 = Identity(s) {steps} t = Tanh(a700) o = Identity(t)"), {
+        "s0": normal(3, 9), "x": normal(2, 3, 9, seed=1)
+    })  # fmt: skip

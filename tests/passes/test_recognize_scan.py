@@ -249,6 +249,7 @@ def test_srus(parts: tuple[str, ...]) -> None:
         (GATE, CELL, HIDDEN, "h = Mul(c, rs)"),
         (GATE, CELL, HIDDEN, "k = Add(t, x) m = Mul(rs, k) h = Add(m, x)"),
         (GATE, CELL, "h = Exp(d)"),
+        (GATE, CELL, "rs = Sigmoid(r) dd = Mul(d, d) t = Tanh(dd) h = Mul(rs, t)"),
     ],
 )
 def test_near_misses_of_srus(parts: tuple[str, ...]) -> None:
@@ -283,3 +284,19 @@ def test_all_scans_of_a_trained_mamba() -> None:
             for role in ROLES
         }
         assert shapes == {"x": [256], "dt": [256], "B": [16], "C": [16]}
+
+
+def test_equal_parts_that_are_built_apart() -> None:
+    """Compared without end, two chains of 40 levels would take years."""
+    chains = " ".join(
+        f"{c}a{n} = Tanh({c}{n}) {c}b{n} = Sigmoid({c}{n}) {c}{n + 1} = Add({c}a{n}, {c}b{n})"
+        for c in ("left", "right")
+        for n in range(40)
+    )
+    parts = (
+        f"left0 = Identity(f) right0 = Identity(f) {chains} fs = Mul(left40, right40)",
+        CELL,
+        HIDDEN,
+        HIGHWAY,
+    )
+    assert attributes(sru(*parts)) == (RECURRENCE, None)
