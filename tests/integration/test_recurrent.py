@@ -167,7 +167,12 @@ def test_a_voice_detector_in_integers(tmp_path: Path) -> None:
     onnx.save(model, path)
     samples = {"input": np.stack([normal(1, 576)] * 4), "state": np.stack([normal(2, 1, 128)] * 4)}
     artifact = bitwright.compile(
-        path, "silago/drra", precision="w8a8", calibration=samples, output=tmp_path / "artifact"
+        path,
+        "silago/drra",
+        precision="w8a8",
+        calibration=samples,
+        output=tmp_path / "artifact",
+        input_shapes={"input": [1, 576], "state": [2, 1, 128]},
     )
     assert len(artifact.manifest.layers) == 8
     assert all(layer.kernel for layer in artifact.manifest.layers)

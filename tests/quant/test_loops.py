@@ -189,7 +189,6 @@ def test_the_reference_comes_to_the_codes_of_onnxruntime(
     made = quantized(model, tmp_path, precision, loop_bits=loop_bits)
     loaded = load(made.model)
     regions = compare_codes(loaded, Samples(feeds(model), loaded.inputs))
-    assert any(region.kind == "layer" for region in regions) or loop_bits == FLOAT_BITS
     assert [(r.name, r.differing) for r in regions] == [(r.name, 0) for r in regions]
     assert plan_of(loaded).loop_bits == loop_bits
 
@@ -267,17 +266,18 @@ def test_an_artefact_equals_the_reference(name: str, loop_bits: int, tmp_path: P
         tmp_path / "quantized.onnx", "silago/drra", output=tmp_path / "artifact"
     )
     assert {layer.name for layer in artifact.manifest.layers} == {e.name for e in made.layers}
-    assert all(layer.kernel for layer in artifact.manifest.layers) or name == "Loop"
+    # The one that reads a sequence at the number of its step runs step by step.
+    assert {layer.kernel for layer in artifact.manifest.layers} == {name != "Loop"}
     loops = [e.name for e in artifact.manifest.host_operators if e.operator == "scan"]
     assert bool(loops) == (loop_bits == FLOAT_BITS or name == "Loop")
     one = {key: array[0] for key, array in feeds(model).items()}
-    found = artifact.run({key: one[key] for key in one})
-    expected, codes = Reference(load(made.model)).run(one)
+    found = artifact.run(one)
+    expected, _ = Reference(load(made.model)).run(one)
     for key, wanted in expected.items():
-        # Functions of floats come from two libraries; their last bits move few codes.
-        tolerance = 0.01 if loop_bits == FLOAT_BITS else 0.0
-        np.testing.assert_allclose(found[key], wanted, rtol=0, atol=tolerance)
-    assert codes
+        if loop_bits < FLOAT_BITS:
+            np.testing.assert_array_equal(found[key], wanted)
+        else:  # functions of floats come from two libraries; their last bits may move single codes
+            assert np.abs(found[key] - wanted).mean() < 1e-4
 
 
 # -- other forms -----------------------------------------------------------------------------------
