@@ -27,7 +27,6 @@ from bitwright.quant.graph import ENDLESS, attribute, constant
 __all__ = ["ControlFlow", "renewed"]
 
 
-
 class ControlFlow(ABC):
     """The importer's part for operators that hold graphs.
 
@@ -143,7 +142,14 @@ class ControlFlow(ABC):
         bound = self.constant(trips)
         if trips is None or (bound is not None and bound.item() >= ENDLESS):
             raise ValueError("it is a loop without a bound: give it a trip count")
-        numbers = self._iterations(trips)
+        sequences = [self._iterations(trips)]
+        # Entries of a tensor outside, at the number of the step, are elements of a sequence.
+        numbered = _gathers_at_number(graph)
+        for inner in numbered:
+            assert inner.inputs[0] is not None
+            whole_data = self.expr(inner.inputs[0])
+            entries = relax.op.take(whole_data, sequences[0], axis=0, mode="clip")
+            sequences.append(self.bb.emit(entries))
         known = None if condition is None else self.constant(condition)
         whole = _stays_true(graph) and (condition is None or (known is not None and known.all()))
         flag = relax.const(True, "bool")
@@ -153,6 +159,8 @@ class ControlFlow(ABC):
             states = [*states, flag, relax.const(0, "int64")]
 
         def step(old: list[Expr], elements: list[Expr]) -> list[Expr]:
+            for inner, element in zip(numbered, elements[1:], strict=True):
+                self.bind(inner.outputs[0], element)
             if whole:
                 self.fold(graph.inputs[1], np.array(True))
                 given = [elements[0], flag, *old]
@@ -172,7 +180,7 @@ class ControlFlow(ABC):
             results[len(before) : len(before)] = [further, done]
             return [self.bb.emit(entry) if is_call(entry) else entry for entry in results]
 
-        results = self._scan(node, states, [numbers], step)
+        results = self._scan(node, states, sequences, step)
         if whole:
             return results
         count = len(states) - 2
@@ -473,6 +481,20 @@ def _stays_true(graph: ir.Graph) -> bool:
         value = producer.inputs[0]
     array = constant(value)
     return value is graph.inputs[1] or (array is not None and bool(array.all()))
+
+
+def _gathers_at_number(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes in the body of a Loop that take the entry of a tensor outside that its number names."""
+    inside = {*graph.inputs, *(value for node in graph for value in node.outputs)}
+    return [
+        node
+        for node in graph
+        if node.op_type == "Gather"
+        and node.domain == ""
+        and attribute(node, "axis", 0) == 0
+        and node.inputs[1] is graph.inputs[0]
+        and node.inputs[0] not in inside
+    ]
 
 
 def _body(node: ir.Node) -> ir.Graph:

@@ -305,7 +305,7 @@ class _Importer(ControlFlow, onnx_frontend.ONNXGraphImporter):
         """Convert the nodes of a graph that it needs; return the values of its outputs."""
         live = _live_nodes(graph, self._functions)
         for node in graph:
-            if node in live:
+            if node in live and node.outputs[0] not in self._exprs:  # else it is given
                 self.convert(node)
         self.bb.start("")
         return [self.expr(value) for value in graph.outputs]

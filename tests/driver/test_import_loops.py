@@ -851,12 +851,22 @@ def test_an_early_end_with_two_states(rest: str) -> None:
 def test_the_number_of_the_iteration() -> None:
     model = loop(f"{KEEPS} f = Cast <to = 1> (i) t = Add(s, f) o = Mul(t, f)", "five, , x")
     assert check(model, {"x": X[0]}).kernels == 1
+
+
+@pytest.mark.parametrize("head", [KEEPS, STOPS], ids=["all", "early"])
+@pytest.mark.parametrize("count", ["five", "n"])
+def test_entries_at_the_number_of_the_iteration(head: str, count: str) -> None:
+    """As exporters write recurrent networks that are loops in Python."""
     model = loop(
-        f"{KEEPS} r = Gather(table, i) t = Add(s, r) o = Identity(r)",
-        "five, , x",
-        inputs="float[3] x, float[7, 3] table",
+        f"{head} r = Gather(u, i) t = Add(s, r) k = Gather(weights, i) o = Mul(r, k)",
+        f"{count}, , x",
+        inputs="float[3] x, float[T, 3] u",
+        before="sizes = Shape(u) n = Gather(sizes, zero)"
+        " weights = Constant <value = float[7, 1] {1, 2, 3, 4, 5, 6, 7}> ()",
     )
-    check(model, {"x": X[0], "table": normal(7, 3)})
+    feeds = [{"x": X[0], "u": normal(length, 3)} for length in (5, 7)]
+    compiled = check(model, *feeds)
+    assert (compiled.kernels, compiled.recursions) == (1, 0)
 
 
 @pytest.mark.parametrize("count", ["five", "i"])
