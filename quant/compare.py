@@ -117,11 +117,11 @@ def compare_codes(
         for codes, total in totals.items():
             if not theirs[codes].size:  # a loop without a step has none
                 continue
-            difference = np.abs(ours[codes] - theirs[codes])
+            difference = _differences(ours.get(codes), theirs[codes])
             total[0] += difference.size
             total[1] += np.count_nonzero(difference)
             total[2] = max(total[2], difference.max(initial=0))
-            total[3] += np.count_nonzero(alone[codes] != theirs[codes])
+            total[3] += np.count_nonzero(_differences(alone.get(codes), theirs[codes]))
         done += batch.samples
         if progress is not None:
             progress(done, len(samples))
@@ -136,6 +136,21 @@ def compare_codes(
         for codes, region in reference.regions.items()
         if codes in totals
     ]
+
+
+def _differences(ours: Array | None, theirs: Array) -> Array:
+    """Magnitudes of the differences; 1 for the codes of steps that a loop of ours does not reach.
+
+    A loop whose condition is computed may end earlier or later on other codes.
+    """
+    if ours is None:
+        return np.ones_like(theirs)
+    if ours.shape == theirs.shape:
+        return np.asarray(np.abs(ours - theirs))
+    found = np.ones_like(theirs)
+    steps = min(len(ours), len(theirs))
+    found[:steps] = np.abs(ours[:steps] - theirs[:steps])
+    return found
 
 
 def _codes(values: Array, node: ir.Node, *, in_loop: bool) -> Array:

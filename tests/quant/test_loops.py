@@ -358,6 +358,28 @@ def test_a_loop_without_a_step(tmp_path: Path) -> None:
     assert all(region.codes == 0 for region in regions if region.name != "x_QuantizeLinear")
 
 
+@pytest.mark.parametrize("theirs, ours", [(0.01, 2.0), (2.0, 0.01)])
+def test_a_loop_that_ends_at_another_step(
+    theirs: float, ours: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One side ends behind its first step, the other one runs all five."""
+    made = quantized(LOOP, tmp_path, "w8a8").model
+    other = onnx.ModelProto.FromString(made.SerializeToString())
+    for model, number in ((made, theirs), (other, ours)):
+        (limit,) = [entry for entry in model.graph.initializer if entry.name == "bound"]
+        limit.CopyFrom(numpy_helper.from_array(np.array(number, np.float32), "bound"))
+    loaded = load(made)
+    monkeypatch.setattr(
+        "bitwright.quant.compare.Reference", lambda _, form: Reference(load(other), form)
+    )
+    samples = Samples({k: v[:1] for k, v in feeds(LOOP).items()}, loaded.inputs)
+    for region in compare_codes(loaded, samples):
+        steps = 1 if theirs < ours else 5
+        assert region.codes % steps == 0
+        # Codes of steps that ours leaves out differ; those of steps that only ours runs count not.
+        assert region.differing == region.codes - region.codes // steps
+
+
 def test_a_loop_in_a_loop_stays_float(tmp_path: Path) -> None:
     inner = (
         "n = Loop <body = inner (int64 i, bool more, float[B, 8] a) => (bool on, float[B, 8] b)"
