@@ -15,6 +15,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from bitwright.errors import BitwrightError, PlanError, RunError, UsageError, first_line
 from bitwright.targets.cost_model import CostModel
+from bitwright.targets.link import Link
 from bitwright.targets.schema import Count, Data, Number, Source
 from bitwright.vocabulary import (
     Layer,
@@ -118,6 +119,8 @@ class Accelerator(Data):
         What its memory for weights holds; left out where weights are streamed from outside.
     cost_model
         What a layer costs (``cost`` in the file); None where nobody knows.
+    link
+        How operands reach its array; None where nobody knows.
     tag
         Its TVM target (``tvm_target`` in the file).
     """
@@ -132,6 +135,7 @@ class Accelerator(Data):
     )
     weight_memory_bytes: Number[Count] | None = None
     cost_model: SerializeAsAny[CostModel] | None = Field(alias="cost", default=None)
+    link: Link | None = None
     tag: TargetTag = Field(alias="tvm_target")
 
     @field_validator("name")

@@ -54,6 +54,8 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
             raise document.error(["cost"], f"the model refuses it ({first_line(error)})") from error
     accelerator = document.validate(Accelerator, data)
     named: list[tuple[tuple[str, ...], str]] = [(("precisions",), accelerator.precisions.source)]
+    if accelerator.link is not None:
+        named.append((("link",), accelerator.link.source))
     named += [(tuple(e.field.split("[")[0].split(".")), e.source) for e in entries(accelerator)]
     for path, source in named:
         if source not in accelerator.sources:

@@ -47,6 +47,8 @@ Clock = Annotated[float, Field(gt=0, le=100_000, strict=True, allow_inf_nan=Fals
 UNITS: Final[Mapping[str, str]] = {
     "_pj_per_bit": "pJ/bit",
     "_pj_per_cycle": "pJ/cycle",
+    "_pj_per_transition": "pJ/transition",
+    "_pj_per_word": "pJ/word",
     "_bits_per_cycle": "bit/cycle",
     "_macs_per_cycle": "MAC/cycle",
     "_kib": "KiB",
