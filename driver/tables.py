@@ -19,7 +19,7 @@ from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
-from bitwright.targets import Accelerator, Installed
+from bitwright.targets import Accelerator, Installed, Link
 from bitwright.targets.schema import entries as numbers
 from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
@@ -466,6 +466,20 @@ def print_targets(found: Installed) -> None:
         console.print(escape(f"[{number}] {text}"))
 
 
+def _link(link: Link | None) -> str:
+    """What a link does that is no number."""
+    if link is None:
+        return "none"
+    shared = "inputs and weights share flits"
+    if link.flit == "separate":
+        shared = "flits of inputs, flits of weights"
+        shared += ", what was just sent is kept" if link.reuse else ""
+    loops = ", ".join(link.loops)
+    return (
+        f"{shared}; {link.packing}; windows by {loops}; order {link.order} (as in: {link.source})"
+    )
+
+
 def print_target(accelerator: Accelerator) -> None:
     """Print the description of an accelerator: every number, its unit and where it comes from."""
     console = new_console()
@@ -477,6 +491,7 @@ def print_target(accelerator: Accelerator) -> None:
     console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
     model = accelerator.cost_model
     console.print(escape(f"cost model: {'none' if model is None else model.model}"))
+    console.print(escape(f"link: {_link(accelerator.link)}"))
     table = new_table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis
