@@ -16,7 +16,7 @@ point. The padding of a convolution is sent, too. ``docs/link.md`` says in which
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 import tvm
@@ -26,10 +26,13 @@ from bitwright import targets
 from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.expressions import (
+    LAYER_OPERATORS,
     CallRewriter,
     bindings,
+    calls,
     constant,
     is_layer,
+    node_name,
     operator,
     rewriting,
 )
@@ -107,6 +110,8 @@ class MaterializeTransfers:
         links: dict[str, Link] = {}
         for variable, function in mod.functions_items():
             if not is_layer(function):
+                if isinstance(function, relax.Function):
+                    skipped.update(_others(function))
                 continue
             if any(operator(value) == ops.TRANSFER for value in bindings(function).values()):
                 continue
@@ -128,6 +133,17 @@ class MaterializeTransfers:
             insert = _inserting(name, layer, links[where].model_dump_json(exclude_none=True))
             mod[variable] = CallRewriter(mod, insert).visit_expr(function)
         return mod.with_attr(SKIPPED, skipped) if skipped else mod
+
+
+def _others(function: Any) -> Iterator[tuple[str, str]]:
+    """Convolutions and products that are no layers of their own, and why they send nothing."""
+    for call in calls(function):
+        if operator(call) in LAYER_OPERATORS:
+            floats = str(call.ty.dtype).startswith("float")
+            yield (
+                node_name(call) or operator(call),
+                "it computes in floating point" if floats else "it is inside a loop or a branch",
+            )
 
 
 def _check_words(name: str, function: Any, layer: IntegerLayer, link: Link) -> None:
@@ -170,8 +186,7 @@ def _inserting(name: str, layer: IntegerLayer, link: str) -> Any:
         for operand, expr in operands.items():
             if call.args[0].same_as(expr):
                 sent = ops.transfer(expr, layer=name, operand=operand, link=link)
-                short = re.sub(r"\W", "_", operand)
-                moved = rewriter.emit(sent, f"sent_{short}")
+                moved = rewriter.emit(sent, f"sent_{operand}")
                 return relax.Call(call.op, [moved], call.attrs, call.ty_args, call.span)
         return call
 

@@ -368,8 +368,9 @@ class PopcountReorder:
         if self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
             insert, reason = self._worth(product.layer, order, link, unit=unit)
-            if not insert:
+            if not insert and self.window is None:
                 return reason
+            order = order if insert else Order()
         text = link.model_dump_json(exclude_none=True)
         variables = {"inputs": product.inputs, "weights": product.weights}
         # Pairs move together: both are keyed on the same operand.
