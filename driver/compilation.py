@@ -22,12 +22,15 @@ from bitwright.artifact import (
     Host,
     HostOperator,
     LayerEntry,
+    LinkEntry,
     ModelEntry,
     PassEntry,
+    SentLayerEntry,
     TensorEntry,
     check_output_folder,
     load_artifact,
     needed_features,
+    parameter_entries,
     read_manifest,
     save_artifact,
     sha256,
@@ -282,6 +285,7 @@ def compile(  # noqa: A001 - the command's name
             "layers": tuple(map(_layer, built.layers)),
             "host_operators": tuple(HostOperator(**asdict(e)) for e in built.host_operators),
             "passes": tuple(map(_pass, built.passes)),
+            "link": _link(built.link),
             "host": Host(
                 machine=platform.machine(),
                 target=built.target,
@@ -293,6 +297,7 @@ def compile(  # noqa: A001 - the command's name
             manifest=manifest,
             export=built.executable.export_library,
             parameters=built.parameters,
+            link_parameters=None if built.link is None else built.link.parameters,
             plan=complete,
             cost=costs,
             qdq_model=quantized.to_proto().SerializeToString() if keep_qdq else None,
@@ -427,6 +432,27 @@ def _tensor(value: ValueType) -> TensorEntry:
 
 def _layer(layer: Any) -> LayerEntry:
     return LayerEntry(**asdict(layer), float_weight_bytes=4 * layer.weight_count)
+
+
+def _link(built: Any) -> LinkEntry | None:
+    if built is None:
+        return None
+    return LinkEntry(
+        link=built.layers[0].link,  # there is one for all
+        layers=tuple(
+            SentLayerEntry(
+                name=entry.layer,
+                order=str(entry.order),
+                terms=entry.terms,
+                sorted_by_unit=entry.sorted_by_unit,
+                reason=entry.reason,
+            )
+            for entry in built.layers
+        ),
+        skipped=dict(built.skipped),
+        batched=built.batched,
+        parameters=parameter_entries(built.parameters),
+    )
 
 
 def _pass(report: Any) -> PassEntry:

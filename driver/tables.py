@@ -311,32 +311,33 @@ def print_side_by_side(result: SideBySide) -> None:
 def print_transitions(result: Transitions) -> None:
     """Print what toggled on the link: layers and parts, unsorted and in each order."""
     console = new_console()
-    link = result.link
-    for order in result.orders:
+    # What orders are compared with; the link's own packing may be row-major.
+    unsorted = {ROW_MAJOR: ROW_MAJOR}
+    unsorted.setdefault(result.link.packing, UNSORTED)
+    for order in result.orders or (UNSORTED,):
         table = new_table(
             f"{Path(result.source).name}: transitions of {result.samples} samples, {order}",
             ["layer", "part"],
             [
-                *("flits", "row-major", link.packing, "ordered", "saved against row-major"),
-                *(f"saved against {link.packing}", "energy"),
+                *("flits", *unsorted, "ordered", *(f"saved against {name}" for name in unsorted)),
+                "energy",
             ],
         )
-        for layer in result.layers:
-            _add_sent(
-                table, layer.layer, result, layer.sent[ROW_MAJOR], layer[UNSORTED], layer[order]
-            )
+        layers = {layer.layer: layer.__getitem__ for layer in result.layers}
+        for name, sent in {**layers, "total": result.total}.items():
+            before = [sent(baseline) for baseline in unsorted.values()]
+            _add_sent(table, name, result, before, sent(order))
             table.add_section()
-        total = result.total(order)
-        _add_sent(table, "total", result, result.total(ROW_MAJOR), result.total(UNSORTED), total)
         console.print(table)
+        total = result.total(order)
         unit = result.unit_energy_pj(total)
-        if not total.needs_unit:
-            console.print("the order is known at compile time: it needs no sorting unit")
-        else:
+        if total.needs_unit:
             console.print(
-                f"the sorting unit orders {total.words_sorted:,} words"
+                f"{escape(order)}: a sorting unit orders {total.words_sorted:,} words"
                 + ("" if unit is None else f", which takes {units.energy(unit)}")
             )
+        elif order != UNSORTED:
+            console.print(f"{escape(order)} is known at compile time: it needs no sorting unit")
     for entry in result.layers:
         if entry.reason:
             console.print(f"{escape(entry.layer)}: {escape(entry.reason)}")
@@ -345,35 +346,27 @@ def print_transitions(result: Transitions) -> None:
 
 
 def _add_sent(
-    table: Table, name: str, result: Transitions, row_major: Sent, unsorted: Sent, ordered: Sent
+    table: Table, name: str, result: Transitions, before: Sequence[Sent], ordered: Sent
 ) -> None:
-    """One row for each part of the traffic, and one for all where there are several."""
-    energy = result.link.energy_pj_per_transition.value
+    """One row for each part of the traffic, and one for all of it."""
     rows = [
         (
-            part,
+            str(part),
             sent.flits,
-            *(
-                entry.parts[part].total if part in entry.parts else 0
-                for entry in (row_major, unsorted)
-            ),
+            [entry.parts[part].total if part in entry.parts else 0 for entry in before],
             sent.total,
         )
         for part, sent in ordered.parts.items()
     ]
     flits = sum(sent.flits for sent in ordered.parts.values())
-    rows.append(("all", flits, row_major.transitions, unsorted.transitions, ordered.transitions))
-    for part, count, first, second, last in rows:
+    rows.append(("all", flits, [entry.transitions for entry in before], ordered.transitions))
+    for number, (part, count, unsorted, last) in enumerate(rows):
         table.add_row(
-            escape(name) if part == "inputs" else "",
+            escape(name) if number == 0 else "",
             part,
-            f"{count:,}",
-            f"{first:,}",
-            f"{second:,}",
-            f"{last:,}",
-            units.percent(first - last, first),
-            units.percent(second - last, second),
-            units.energy(last * energy),
+            *(f"{value:,}" for value in (count, *unsorted, last)),
+            *(units.percent(value - last, value) for value in unsorted),
+            units.energy(last * result.link.energy_pj_per_transition.value),
         )
 
 
