@@ -130,6 +130,8 @@ class Transitions:
         The layers whose operands were sent, in order of execution.
     skipped
         Layers that are left out, and why.
+    notes
+        What else a reader of the figures has to know.
     """
 
     source: str
@@ -138,6 +140,7 @@ class Transitions:
     orders: tuple[str, ...]
     layers: tuple[LayerTransitions, ...]
     skipped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, layer: str) -> LayerTransitions:
         return next(entry for entry in self.layers if entry.layer == layer)
@@ -182,6 +185,7 @@ class Transitions:
             ],
             "total": self._sent(total),
             "skipped": dict(self.skipped),
+            "notes": list(self.notes),
         }
 
     def _sent(self, sent: Mapping[str, Sent]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from bitwright.errors import RunError
+from bitwright.errors import BitwrightError, RunError
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values
 from bitwright.quant.graph import (
     attribute,
@@ -282,7 +282,7 @@ class Reference:
                     results: Sequence[_Value] = self._loop(node, values, given, computed)
                 else:
                     results = self._execute(node, values)
-            except RunError:
+            except BitwrightError:
                 raise
             except Exception as error:
                 raise RunError(
