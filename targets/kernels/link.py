@@ -734,7 +734,7 @@ class _Layer:
                             cost = distance * tirx.const(256, "int32") + self.used[term]
                             least = T.min(emit.load(best, 0, 1), cost)
                             emit.store(best, 0, least, 1)
-                        which = emit.bind(_at(best, 0) % 256)
+                        which = emit.bind(T.bitwise_and(_at(best, 0), _int(255)))
                         _put(self.near, which, rank)
                         T.buffer_store(self.used, taken, [which])
                         T.buffer_store(self.last, self.pairs[which], [emit.index(lane)])
@@ -968,7 +968,13 @@ def layer_transitions(
     UsageError
         If codes do not fit the words, or the link cannot have the order.
     """
-    link.check(order, chunks=len(traffic.chunks(link.window.value)))
+    link.check(
+        order,
+        channels=traffic.channels,
+        groups=len(traffic.taps),
+        positions=len(traffic.bases),
+        chunks=len(traffic.chunks(link.window.value)),
+    )
     spec = LayerKernel.of(link, order, x.dtype.name, w.dtype.name, accumulator_bits)  # type: ignore[arg-type]  # refused by TVM
     for codes in (x, w):
         link.words(codes)
@@ -1090,12 +1096,11 @@ def _emit_count(lanes: int, dtype: str) -> None:
     left = emit.allocate(room + sums.overreach + lanes, dtype)
     start = emit.bind(groups * sums.group)
     count = emit.bind(flits * lanes - start)
-    with emit.loop(room + lanes) as place:
-        with T.If(place < count):
-            with T.Then():
-                T.buffer_store(left, words[emit.index(start + place)], [emit.index(place)])
-            with T.Else():  # flits that change nothing
-                T.buffer_store(left, left[emit.index(place - lanes)], [emit.index(place)])
+    with emit.loop(room + lanes) as place, T.If(place < count):
+        with T.Then():
+            T.buffer_store(left, words[emit.index(start + place)], [emit.index(place)])
+        with T.Else():  # flits that change nothing
+            T.buffer_store(left, left[emit.index(place - lanes)], [emit.index(place)])
     sums.add(left, _int(0), _int(room // sums.group))
     with emit.loop(lanes * bits) as place:
         _put(counts, place, 0)
