@@ -160,6 +160,22 @@ class Link(Data):
                 fix=f"sort on:{kept} or on:separated, or take a link without reuse",
             )
 
+    def words_in(self, flits: int, terms: int) -> int:
+        """How many words the flits of an operand carry; slots that a window does not fill are none.
+
+        Parameters
+        ----------
+        flits
+            All flits of an operand of a layer, of whole samples.
+        terms
+            Terms of an output of that layer.
+        """
+        window, lanes = self.window.value, self.lanes.value
+        whole, rest = divmod(terms, window)
+        # Each of an output's windows is sent equally often.
+        of_output = whole * -(-window // lanes) + -(-rest // lanes)
+        return flits // of_output * terms
+
     def words(self, codes: npt.NDArray[Any]) -> Words:
         """Codes as they are on the wire: two's complement, ``word_bits`` wide.
 
