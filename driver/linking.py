@@ -43,6 +43,8 @@ __all__ = ["LayerStream", "link", "streams"]
 DEFAULT_LINK: Final = "ordering-simulator"
 
 Histogram = npt.NDArray[np.int64]
+_GATHERED: Final = 64  # runs that are counted at once, which spares calls
+_GATHERED_BYTES: Final = 2**20
 _PARTS: Final[tuple[Literal["inputs", "weights"], ...]] = ("inputs", "weights")
 
 
@@ -216,15 +218,44 @@ class _Counter:
         self._histograms = histograms
         self._sorts: dict[tuple[str, Order], _Sort] = {}
         self._refused: dict[str, dict[str, UsageError]] = {}
-        self.layers: dict[str, LayerTransitions] = {}
+        self._pending: dict[str, list[LayerStream]] = {}
+        self._layers: dict[str, LayerTransitions] = {}
 
     def take(self, stream: LayerStream) -> None:
-        """Count a run of a layer."""
+        """Take a run of a layer, which is counted together with the next ones."""
         name = stream.traffic.layer
-        known = self.layers.get(name)
-        if known is None:
+        if name not in self._refused:
             check_stream(stream, self._link)
             self._refused[name] = dict(self._refusals(stream))
+            self._pending[name] = []
+        pending = self._pending[name]
+        if pending and not (stream.constant and pending[0].traffic is stream.traffic):
+            self._count(name)
+        pending.append(stream)
+        if len(pending) * stream.inputs.nbytes >= _GATHERED_BYTES or len(pending) == _GATHERED:
+            self._count(name)
+
+    def finish(self) -> tuple[LayerTransitions, ...]:
+        """Count what has been taken; the layers in order of execution."""
+        for name in self._pending:
+            self._count(name)
+        return tuple(self._layers[name] for name in self._pending)
+
+    def check(self) -> None:
+        """Refuse orders that no layer can have."""
+        for order in map(str, self._orders):
+            errors = [refused.get(order) for refused in self._refused.values()]
+            if errors and None not in errors:
+                assert errors[0] is not None
+                raise UsageError(errors[0].what, where=f"order {order}", fix=errors[0].fix)
+
+    def _count(self, name: str) -> None:
+        pending = self._pending[name]
+        if not pending:
+            return
+        inputs = [stream.inputs for stream in pending]
+        stream = replace(pending[0], inputs=inputs[0] if len(inputs) == 1 else np.vstack(inputs))
+        pending.clear()
         unsorted = self._send(stream, self._link, Order())
         sent = {UNSORTED: unsorted, ROW_MAJOR: unsorted}
         if self._link.packing != "row-major":
@@ -236,15 +267,7 @@ class _Counter:
             f"{order} is not available: {error.what}" for order, error in self._refused[name].items()
         )
         found = LayerTransitions(name, sent, reason)
-        self.layers[name] = found if known is None else known + found
-
-    def check(self) -> None:
-        """Refuse orders that no layer can have."""
-        for order in map(str, self._orders):
-            errors = [refused.get(order) for refused in self._refused.values()]
-            if errors and None not in errors:
-                assert errors[0] is not None
-                raise UsageError(errors[0].what, where=f"order {order}", fix=errors[0].fix)
+        self._layers[name] = self._layers[name] + found if name in self._layers else found
 
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
         from bitwright.targets.kernels.link import LayerKernel
@@ -592,15 +615,16 @@ def _count(
         reference = streams(model, take, form)
         for batch in given.batches(1):
             reference.run(batch.inputs)
+            counter.check()
             done += batch.samples
             if progress is not None:
                 progress(done, total)
 
+    counter = _Counter(link, orders, profile.histograms)
     if needs_profile:
         feed(profiled, profile.take)
         which = "the calibration samples" if tuning else "the data that is counted"
         notes.append(f"bucket maps of inputs are made from {which}")
-    counter = _Counter(link, orders, profile.histograms)
 
     def take(stream: LayerStream) -> None:
         if whole_windows and stream.traffic.terms < link.window.value:
@@ -614,22 +638,24 @@ def _count(
         counter.take(stream)
 
     feed(samples, take)
-    if not counter.layers:
+    layers = counter.finish()
+    if not layers:
         raise ModelError(
             "has no layer that computes in integers, so nothing is sent",
             where=model.source,
             fix="bitwright inspect says why each operator is none",
         )
-    counter.check()
     skipped = {
-        name: "it computes in float" for name in layer_nodes(model) if name not in counter.layers
+        name: "it computes in float"
+        for name in layer_nodes(model)
+        if name not in {layer.layer for layer in layers}
     }
     return Transitions(
         source=model.source,
         samples=len(samples),
         link=link,
         orders=tuple(map(str, orders)),
-        layers=tuple(counter.layers.values()),
+        layers=layers,
         skipped=skipped,
         notes=tuple(notes),
     )
