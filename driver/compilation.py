@@ -54,7 +54,14 @@ from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["Passes", "compile", "describe_passes", "describe_target", "describe_targets"]
+__all__ = [
+    "Passes",
+    "compile",
+    "describe_passes",
+    "describe_target",
+    "describe_targets",
+    "refuse_options",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +231,7 @@ def compile(  # noqa: A001 - the command's name
         "loop_bits": loop_bits,
     }
     if loaded.is_quantized:
-        _refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
+        refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
         complete = plan_of(loaded)
         accelerator.check(complete.layers, where=loaded.source)
     else:
@@ -343,7 +350,7 @@ def _refuse_other_quantization(model: Model) -> None:
             )
 
 
-def _refuse_options(options: Mapping[str, Any], source: str) -> None:
+def refuse_options(options: Mapping[str, Any], source: str) -> None:
     """Refuse options of quantization for a model that is quantized already."""
     defaults = signature(compile).parameters
     given = [name for name, value in options.items() if value != defaults[name].default]
@@ -351,7 +358,7 @@ def _refuse_options(options: Mapping[str, Any], source: str) -> None:
         raise UsageError(
             f"{source} is quantized already, and there is an option of quantization: "
             f"--{given[0].replace('_', '-')}",
-            fix="leave it out, or compile the float model",
+            fix="leave it out, or name the float model",
         )
 
 

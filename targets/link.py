@@ -302,6 +302,26 @@ class Traffic:
         """The terms of each window of an output."""
         return [slice(k, min(k + window, self.terms)) for k in range(0, self.terms, window)]
 
+    def words_sent(self, link: Link) -> dict[Part, int]:
+        """Words of each operand that are sent, without those that fill flits up.
+
+        With :attr:`Link.reuse`, a window that repeats counts once: that of the inputs where
+        channels are what changes first, that of the weights where positions are.
+        """
+        sizes = {
+            "channel": self.channels,
+            "position": len(self.bases),
+            "chunk": len(self.chunks(link.window.value)),
+        }
+        changing = [loop for loop in link.loops if sizes[loop] > 1]
+        innermost = changing[-1] if link.reuse and changing else None
+        inputs = weights = self.channels * len(self.bases)
+        if innermost == "channel":
+            inputs = self.taps.shape[0] * len(self.bases)
+        elif innermost == "position":
+            weights = self.channels
+        return {"inputs": inputs * self.terms, "weights": weights * self.terms}
+
     def sequence(self, link: Link) -> Iterator[tuple[int, int, int]]:
         """Channel, position and chunk of every window, in the order in which they are sent."""
         sizes = {

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
 
@@ -490,7 +491,7 @@ class _Layer:
         declared["sums"] = ((batch, channels, places), f"int{spec.accumulator_bits}")
         declared["counts"] = ([_int(size) for size in spec.counts_shape], "int64")
         declared["flits"] = ((_int(len(_PARTS)),), "int64")
-        buffers = emit.parameters([(name, *what) for name, what in declared.items()])
+        buffers = emit.parameters([(name, *what) for name, what in declared.items()], align=1)
         self.args = dict(zip(declared, buffers, strict=True))
         size = math.prod(spec.counts_shape)
         counts = emit.allocate(_TASKS * size, "int64")
@@ -846,7 +847,8 @@ def _emit_positions(dtype: str, word_bits: int, window: int, moved: bool) -> Non
             ("codes", shape, dtype),
             ("table", (_int(1 << word_bits),), "uint16"),
             ("result", shape, dtype if moved else "uint8"),
-        ]
+        ],
+        align=1,
     )
     keys = _Keys(word_bits, window, table)
     rows = emit.bind((emit.lesser(window, terms) + 3) // 4 * 4)
@@ -881,6 +883,11 @@ def _emit_positions(dtype: str, word_bits: int, window: int, moved: bool) -> Non
 
 
 # --------------------------------------------------------------------------- from Python
+
+
+def _tensor(array: Array) -> Any:
+    """The same memory, wherever it starts, as kernels here are compiled for; not written to."""
+    return tvm_ffi.from_dlpack(np.require(array, requirements=("C", "W")))
 
 
 def _compile(function: Any) -> Any:
@@ -986,24 +993,17 @@ def layer_transitions(
         terms = np.arange(traffic.terms) % link.window.value
         given = np.array(np.broadcast_to(terms, weights.shape), np.uint8)
     sums = np.empty((len(x), traffic.channels, len(traffic.bases)), f"int{accumulator_bits}")
-    arguments: list[Array] = [np.ascontiguousarray(x), weights, traffic.bases, traffic.taps, given]
+    counts = np.empty(spec.counts_shape, np.int64)
+    flits = np.empty(len(_PARTS), np.int64)
+    arguments: list[Array] = [x, weights, traffic.bases, traffic.taps, given]
     if spec.uses_table:
         assert table is not None
-        arguments.append(np.ascontiguousarray(table, np.uint16))
-    arguments.append(np.array(zero_points, np.int32))
-    results = [
-        tvm.runtime.tensor(array)
-        for array in (
-            sums,
-            np.empty(spec.counts_shape, np.int64),
-            np.empty(len(_PARTS), np.int64),
-        )
-    ]
-    _compiled_layer(spec)(*map(tvm.runtime.tensor, arguments), *results)
-    found, counts, flits = (result.numpy() for result in results)
+        arguments.append(table)
+    arguments += [np.array(zero_points, np.int32), sums, counts, flits]
+    _compiled_layer(spec)(*map(_tensor, arguments))
     lanes = {"inputs": spec.lanes, "weights": spec.lanes, "index": spec.counts_shape[1]}
     return LayerTransitions(
-        found,
+        sums,
         {part: counts[place, : lanes[part]] for place, part in enumerate(spec.parts)},
         {part: int(flits[place]) for place, part in enumerate(spec.parts)},
     )
@@ -1049,10 +1049,8 @@ def _ordered(
     word_bits = len(table).bit_length() - 1
     run = _compiled_order(codes.dtype.name, word_bits, window or terms, moved)
     shape = (1, -1, terms)
-    found = tvm.runtime.tensor(result.reshape(shape))
-    flat = np.ascontiguousarray(codes).reshape(shape)
-    run(tvm.runtime.tensor(flat), tvm.runtime.tensor(np.ascontiguousarray(table, np.uint16)), found)
-    return np.asarray(found.numpy()).reshape(codes.shape)
+    run(*map(_tensor, (codes.reshape(shape), table, result.reshape(shape))))
+    return result
 
 
 def count_transitions(words: Array, word_bits: int | None = None) -> IntArray:
@@ -1072,10 +1070,10 @@ def count_transitions(words: Array, word_bits: int | None = None) -> IntArray:
     """
     flits, lanes = words.shape
     bits = 8 * words.dtype.itemsize
-    counts = tvm.runtime.tensor(np.zeros((lanes, bits), np.int64))
+    counts = np.zeros((lanes, bits), np.int64)
     if flits > 1:
-        _compiled_count(lanes, words.dtype.name)(tvm.runtime.tensor(words), counts)
-    return np.asarray(counts.numpy())[:, : word_bits or bits]
+        _compiled_count(lanes, words.dtype.name)(_tensor(words), _tensor(counts))
+    return counts[:, : word_bits or bits]
 
 
 def _emit_count(lanes: int, dtype: str) -> None:
@@ -1083,7 +1081,8 @@ def _emit_count(lanes: int, dtype: str) -> None:
     flits = tirx.Var("flits", "int64")
     bits = int(dtype[4:])
     words, counts = emit.parameters(
-        [("words", (flits, lanes), dtype), ("counts", (_int(lanes), _int(bits)), "int64")]
+        [("words", (flits, lanes), dtype), ("counts", (_int(lanes), _int(bits)), "int64")],
+        align=1,
     )
     sums = _Counts(lanes, dtype)
     changes = emit.bind((flits - 1) * lanes)
