@@ -719,9 +719,7 @@ Precisions = Annotated[
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
-UsedSamples = Annotated[
-    int | None, typer.Option(help="Validation samples to use \[default: all].")
-]
+UsedSamples = Annotated[int | None, typer.Option(help="Validation samples to use \[default: all].")]
 VectorValues = Annotated[
     int, typer.Option(help="Values beside the weights that count as memory, at 16 bits each.")
 ]

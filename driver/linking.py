@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,10 @@ from bitwright.transitions import (
 )
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["LayerStream", "link", "streams"]
+if TYPE_CHECKING:
+    from bitwright.passes.popcount_reorder import Measured
+
+__all__ = ["LayerStream", "check_stream", "link", "measure", "sized", "streams"]
 
 DEFAULT_LINK: Final = "ordering-simulator"
 
@@ -264,7 +267,8 @@ class _Counter:
             if str(order) not in sent and str(order) not in self._refused[name]:
                 sent[str(order)] = self._send(stream, self._link, order)
         reason = "; ".join(
-            f"{order} is not available: {error.what}" for order, error in self._refused[name].items()
+            f"{order} is not available: {error.what}"
+            for order, error in self._refused[name].items()
         )
         found = LayerTransitions(name, sent, reason)
         self._layers[name] = self._layers[name] + found if name in self._layers else found
@@ -383,7 +387,9 @@ class _Profile:
         key = stream.traffic.layer, stream.inputs.shape[1]
         if key not in self._uses:
             self._uses[key] = _uses(stream.traffic, key[1])
-        found = {"inputs": _histogram(self._link, stream.inputs, self._uses[key])}
+        found: dict[Part, Histogram] = {
+            "inputs": _histogram(self._link, stream.inputs, self._uses[key])
+        }
         if not stream.constant:
             found["weights"] = _histogram(self._link, stream.weights)
         known = self.histograms.setdefault(key[0], {})
@@ -601,30 +607,17 @@ def _count(
     progress: ProgressCallback | None,
 ) -> Transitions:
     notes = []
-    profile = _Profile(link)
-    profiled = tuning or samples
     needs_profile = any(
         order.needs_histogram and (order.on != "weights" or _has_products_of_activations(model))
         for order in orders
     )
-    total = len(samples) + (len(profiled) if needs_profile else 0)
-    done = 0
-
-    def feed(given: Samples, take: Callable[[LayerStream], None]) -> None:
-        nonlocal done
-        reference = streams(model, take, form)
-        for batch in given.batches(1):
-            reference.run(batch.inputs)
-            counter.check()
-            done += batch.samples
-            if progress is not None:
-                progress(done, total)
-
-    counter = _Counter(link, orders, profile.histograms)
+    profile, profiled = _Profile(link), tuning or samples
+    passes: list[tuple[Samples, Callable[[LayerStream], None]]] = []
     if needs_profile:
-        feed(profiled, profile.take)
+        passes.append((profiled, profile.take))
         which = "the calibration samples" if tuning else "the data that is counted"
         notes.append(f"bucket maps of inputs are made from {which}")
+    counter = _Counter(link, orders, profile.histograms)
 
     def take(stream: LayerStream) -> None:
         if whole_windows and stream.traffic.terms < link.window.value:
@@ -637,7 +630,7 @@ def _count(
             )
         counter.take(stream)
 
-    feed(samples, take)
+    _feed(model, [*passes, (samples, take)], form, counter.check, progress)
     layers = counter.finish()
     if not layers:
         raise ModelError(
@@ -659,6 +652,85 @@ def _count(
         skipped=skipped,
         notes=tuple(notes),
     )
+
+
+def _feed(
+    model: Model,
+    passes: Sequence[tuple[Samples, Callable[[LayerStream], None]]],
+    form: RequantizationForm,
+    check: Callable[[], None],
+    progress: ProgressCallback | None,
+) -> None:
+    """Run a model on samples, one by one, and hand on what its layers send."""
+    total, done = sum(len(samples) for samples, _ in passes), 0
+    for samples, take in passes:
+        reference = streams(model, take, form)
+        for batch in samples.batches(1):
+            reference.run(batch.inputs)
+            check()
+            done += batch.samples
+            if progress is not None:
+                progress(done, total)
+
+
+def measure(
+    model: Model,
+    samples: Samples,
+    link: Link,
+    orders: Sequence[Order],
+    *,
+    requantization: RequantizationForm = "float",
+    progress: ProgressCallback | None = None,
+) -> dict[str, Measured]:
+    """What the layers of a model send: for passes that choose orders, and bucket maps.
+
+    Parameters
+    ----------
+    model
+        A quantized model.
+    samples
+        Calibration samples.
+    link
+        The link.
+    orders
+        Orders to count beside sending unsorted; those a layer cannot have are left out there.
+    requantization
+        As in :class:`~bitwright.quant.reference.Reference`.
+    progress
+        Called with samples done and in total.
+
+    Returns
+    -------
+    dict
+        Layer to what was measured. Words of histograms count once for each window of a channel that
+        they are in.
+
+    Raises
+    ------
+    UsageError
+        If codes are wider than the words of the link, or no layer can have an order.
+    """
+    from bitwright.passes.popcount_reorder import Measured
+
+    profile = _Profile(link)
+    counter = _Counter(link, orders, profile.histograms)
+
+    def take_both(stream: LayerStream) -> None:
+        profile.take(stream)
+        counter.take(stream)
+
+    passes: list[tuple[Samples, Callable[[LayerStream], None]]] = [(samples, take_both)]
+    if any(order.needs_histogram for order in orders):  # all of it, before an order is made
+        passes = [(samples, profile.take), (samples, counter.take)]
+    _feed(model, passes, requantization, counter.check, progress)
+    return {
+        layer.layer: Measured(
+            profile.histograms[layer.layer],
+            {order: sent.transitions for order, sent in layer.sent.items()},
+            {order: sent.words_sorted for order, sent in layer.sent.items()},
+        )
+        for layer in counter.finish()
+    }
 
 
 def _has_products_of_activations(model: Model) -> bool:

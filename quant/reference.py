@@ -631,11 +631,11 @@ class Reference:
                 return None
             result = _with_bias(result, bias, behind if node.op_type == "Conv" else 0)
         if result is not None and self._observe is not None:
-            pair = (
+            first, second = (
                 Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
                 for entry in (data, weights)
             )
-            self._observe(Operands(node, *pair, weights_left, weights.stored))
+            self._observe(Operands(node, first, second, weights_left, weights.stored))
         return result
 
 
