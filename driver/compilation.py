@@ -414,9 +414,7 @@ def _measured(
     def make() -> Mapping[str, Any]:
         link = targets.get_link(named)
         order = reorder.order(link)
-        return measure(
-            model, samples, sized(link, reorder.window), [order], requantization=form
-        )
+        return measure(model, samples, sized(link, reorder.window), [order], requantization=form)
 
     return _Lazily(make)
 
