@@ -47,7 +47,7 @@ from bitwright.targets.link import Link, Part
 from bitwright.targets.orders import Order
 from bitwright.targets.schema import Number
 
-__all__ = ["REASONS", "Measured", "PopcountReorder", "sent_products", "weight_terms"]
+__all__ = ["REASONS", "Measured", "PopcountReorder", "SentProduct", "sent_products", "terms_of"]
 
 REASONS: Final = "bitwright.link.reasons"
 """Attribute of a module: why a layer has an order or none, where ``auto`` decided."""
@@ -178,17 +178,26 @@ def _refuse(transfer: Any, what: str, why: str) -> None:
     )
 
 
-def weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Constant weights of a product as rows of terms: shape (channels, terms)."""
     if operator(call) == "matmul":
         if codes.ndim != 2:
-            raise UsageError(f"weights of {codes.ndim} axes cannot be reordered; 2 can")
+            raise UsageError(
+                f"weights of {codes.ndim} axes cannot be sorted; those of 2 axes can",
+                fix="reshape them, or sort on:inputs",
+            )
         return codes.T
     return codes.reshape(codes.shape[0], -1)
 
 
-def _terms(call: Any) -> int:
-    """How many products a sum has."""
+def terms_of(call: Any) -> int:
+    """How many terms each sum of a product has.
+
+    Raises
+    ------
+    UsageError
+        If it depends on a symbolic size.
+    """
     shape = static_shape(call.args[1])
     sizes = shape and (shape[-2:-1] if operator(call) == "matmul" else shape[1:])
     if not sizes or None in sizes:
@@ -199,7 +208,7 @@ def _terms(call: Any) -> int:
     return int(np.prod([size for size in sizes if size is not None]))
 
 
-def places_of(
+def _places_of(
     words: npt.NDArray[Any], table: npt.NDArray[Any], window: int
 ) -> npt.NDArray[np.uint8]:
     """Place of each term in its window, in the stable sort by buckets.
@@ -348,7 +357,7 @@ class PopcountReorder:
         """Note the order of a product's operands; say why, unless it was asked for."""
         link = link_of(inputs)
         order = self.order(link)
-        terms = _terms(product.call)
+        terms = terms_of(product.call)
         if self.window is not None:
             if self.window > terms:
                 raise UsageError(
@@ -385,7 +394,7 @@ class PopcountReorder:
             if key is not None and key not in sorts:
                 words = None
                 if keyed == "weights" and codes is not None:
-                    words = link.words(weight_terms(product.call, codes))
+                    words = link.words(_weight_terms(product.call, codes))
                 sorts[key] = self._sort(product.layer, keyed, words, order, link)
         return reason
 
@@ -406,7 +415,7 @@ class PopcountReorder:
         table = order.table(link.word_bits.value, histogram)
         if words is None:
             return _Sort(table=relax.const(table))
-        return _Sort(places=relax.const(places_of(words, table, link.window.value)))
+        return _Sort(places=relax.const(_places_of(words, table, link.window.value)))
 
     def _histogram(self, layer: str, part: Part) -> npt.NDArray[np.int64]:
         measured = (self.measured or {}).get(layer)
