@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis.extra import numpy as npst
 from bitwright.errors import UsageError
 from bitwright.targets.orders import (
     Order,
+    calibrated_map,
     check_map,
     counting_sort,
     key_count,
@@ -82,6 +85,42 @@ def test_quantile_buckets_hold_equal_mass():
     # Nearly everything is a zero, which therefore has a bucket of its own.
     assert quantile_map([100, 1, 1, 1, 1], 3)[:2] == (0, 1)
     assert quantile_map([0] * 9, 4) == uniform_map(4, 9)
+
+
+@given(npst.arrays(np.float64, 16, elements=st.integers(0, 20)), st.integers(2, 5))
+def test_calibrated_popcount_buckets_cost_least_of_all(histogram, buckets):
+    """Against every map there is of 4-bit words."""
+
+    def cost(bucket_map):
+        found = 0.0
+        of_word = np.array(bucket_map)[keys("popcount", 4)]
+        for bucket in range(buckets):
+            words = np.flatnonzero(of_word == bucket)
+            mass = histogram[words]
+            if mass.sum():
+                distances = np.bitwise_count(words[:, None] ^ words)
+                found += mass @ distances @ mass / mass.sum()
+        return found
+
+    maps = [
+        tuple(np.cumsum([0, *(i + 1 in borders for i in range(4))]).tolist())
+        for borders in itertools.combinations(range(1, 5), buckets - 1)
+    ]
+    found = calibrated_map(histogram, "popcount", 4, buckets)
+    assert found in maps
+    if histogram.sum():
+        assert cost(found) == pytest.approx(min(map(cost, maps)))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_calibrated_gray_buckets_part_what_is_apart(bits):
+    """Words around two values: the border lies between them."""
+    histogram = np.zeros(1 << bits)
+    histogram[[0b0011, 0b0010, 0b0110]] = 5
+    histogram[[0b1111 << bits - 4, 0b1110 << bits - 4]] = 5
+    found = np.array(calibrated_map(histogram, "gray-rank", bits, 2))[keys("gray-rank", bits)]
+    assert set(found[[0b0011, 0b0010, 0b0110]]) == {0}
+    assert set(found[[0b1111 << bits - 4, 0b1110 << bits - 4]]) == {1}
 
 
 def test_descending_sends_most_ones_first_and_stays_stable():
