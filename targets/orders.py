@@ -217,8 +217,10 @@ class Order:
     Attributes
     ----------
     key
-        What words are sorted by; ``none`` leaves them as they are, and ``nearest`` is the greedy
-        nearest neighbour: a bound that no unit computes.
+        What words are sorted by; or ``none``, which leaves them as they are; ``chain``, where each
+        constant weight is next to the nearest that is left (:mod:`bitwright.targets.chain`); or
+        ``nearest``, the greedy nearest neighbour of pairs, which no unit computes: how far one can
+        get by looking at all that is sent.
     on
         Whose words: ``weights`` or ``inputs``, and the other operand moves along (*affiliated*);
         or ``separated``, each operand by its own, with the index traffic that this costs.
@@ -234,7 +236,7 @@ class Order:
         Whether every second window sends its flits in reverse order.
     """
 
-    key: Literal["none", "popcount", "gray-rank", "nearest"] = "none"
+    key: Literal["none", "popcount", "gray-rank", "chain", "nearest"] = "none"
     on: Literal["weights", "inputs", "separated"] = "weights"
     buckets: int = 0
     map: str = "uniform"
@@ -248,6 +250,13 @@ class Order:
                 raise UsageError(
                     f"there is no {name} {getattr(self, name)!r} of an order",
                     fix="choose one of " + ", ".join(map(str, choices)),
+                )
+        for field in fields(self):
+            only_sorted = field.name in ("on", "buckets", "map", "direction")
+            if only_sorted and not self.is_sorted and getattr(self, field.name) != field.default:
+                raise UsageError(
+                    f"an order {self.key!r} sorts by no key, and there is {field.name}",
+                    fix="leave it out, or sort by popcount or gray-rank",
                 )
         if self.buckets < 0 or self.buckets == 1:
             raise UsageError(

@@ -136,6 +136,7 @@ def test_descending_sends_most_ones_first_and_stays_stable():
     [
         "none",
         "nearest",
+        "chain=snake:true",
         "popcount",
         "popcount=buckets:4",
         "popcount=on:inputs:buckets:4:map:quantile:direction:ascending:snake:true",
@@ -166,6 +167,8 @@ def test_a_map_from_the_words_needs_the_words():
         ("popcount=buckets", "no order"),
         ("popcount=buckets:four", "a number, not 'four'"),
         ("popcount=buckets:1", "does nothing"),
+        ("chain=buckets:4", "'chain' sorts by no key, and there is buckets"),
+        ("nearest=on:inputs", "'nearest' sorts by no key, and there is on"),
         ("popcount=on:outputs", "there is no on 'outputs'"),
         ("popcount=snake:yes", "true or false"),
         ("popcount=map:equal", "no bucket map 'equal'"),
