@@ -105,13 +105,25 @@ class Link(Data):
         """Payload of a flit, in bits."""
         return self.word_bits.value * self.lanes.value * (2 if self.flit == "paired" else 1)
 
-    def check(self, order: Order, *, chunks: int = 2) -> None:
+    def check(
+        self,
+        order: Order,
+        *,
+        channels: int = 2,
+        groups: int = 1,
+        positions: int = 2,
+        chunks: int = 2,
+    ) -> None:
         """Refuse an order that the link cannot have: who shares a stream shares its order.
 
         Parameters
         ----------
         order
             The order.
+        channels, groups
+            Output channels of the layer, and groups of them.
+        positions
+            Positions of the layer.
         chunks
             Windows of an output.
 
@@ -121,10 +133,14 @@ class Link(Data):
             If inputs that serve many channels would need an order for each, or weights that serve
             many positions one for each.
         """
-        if not (self.reuse and order.is_sorted):
+        sizes = {"channel": channels, "position": positions, "chunk": chunks}
+        changing = [loop for loop in self.loops if sizes[loop] > 1]
+        if not (self.reuse and order.is_sorted and changing):
             return
-        inner = [loop for loop in self.loops if loop != "chunk" or chunks > 1][-1]
+        inner = changing[-1]
         kept = {"channel": "inputs", "position": "weights"}.get(inner)
+        if inner == "channel" and channels == groups:  # each has inputs of its own
+            kept = None
         if kept and order.on not in (kept, "separated"):
             raise UsageError(
                 f"the {kept} are sent once for every {inner}, so an order of {order.on} of its own "
