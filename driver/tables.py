@@ -19,8 +19,10 @@ from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
-from bitwright.targets import Accelerator, Installed
+from bitwright.targets import Accelerator, Installed, Link
+from bitwright.targets.orders import Order
 from bitwright.targets.schema import entries as numbers
+from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "print_side_by_side",
     "print_target",
     "print_targets",
+    "print_transitions",
 ]
 
 
@@ -306,6 +309,91 @@ def print_side_by_side(result: SideBySide) -> None:
         console.print(f"note: {escape(note)}")
 
 
+def print_transitions(result: Transitions) -> None:
+    """Print what toggled on the link: layers and parts, unsorted and in each order."""
+    console = new_console()
+    packing = result.link.packing
+    # What orders are compared with: twice the same where the link packs that way itself.
+    baselines = {ROW_MAJOR: ROW_MAJOR, UNSORTED: packing}
+    if packing == ROW_MAJOR:
+        del baselines[ROW_MAJOR]
+    shares = [f"saved against {name}" for name in baselines.values()]
+    for order in result.orders or (UNSORTED,):
+        table = new_table(
+            f"{Path(result.source).name}: transitions of {result.samples} samples, {order}",
+            ["layer", "part"],
+            ["flits", *baselines.values(), "ordered", *shares, "energy"],
+        )
+        for layer in result.layers:
+            sent = [*(layer[baseline] for baseline in baselines), layer[order]]
+            _add_sent(table, layer.layer, result, sent)
+            table.add_section()
+        totals = [*(result.total(baseline) for baseline in baselines), result.total(order)]
+        _add_sent(table, "total", result, totals)
+        console.print(table)
+    unsorted = result.total(UNSORTED)
+    table = new_table(
+        f"all layers, {units.number(result.link.energy_pj_per_transition.value)} pJ a transition",
+        ["order"],
+        ["transitions", *shares, "energy", "words sorted", "unit", "break-even", "net saved"],
+    )
+    for order in dict.fromkeys([*baselines, *result.orders]):
+        total = result.total(order)
+        even = result.break_even_pj_per_word(total, unsorted)
+        unit, net = result.unit_energy_pj(total), result.net_saved_pj(total, unsorted)
+        table.add_row(
+            escape({**baselines, UNSORTED: f"none, {packing}"}.get(order, order)),
+            f"{total.transitions:,}",
+            *(units.percent(result.saved(total, result.total(name))) for name in baselines),
+            units.energy(result.energy_pj(total)),
+            f"{total.words_sorted:,}" if total.needs_unit else "-",
+            units.energy(unit) if total.needs_unit else "-",
+            "-" if even is None else f"{even:.3g} pJ/word",
+            "-" if net is None or order in baselines else _signed_energy(net),
+        )
+    console.print(table)
+    if any(not result.total(o).needs_unit for o in result.orders if Order.parse(o).is_sorted):
+        console.print("orders without words to sort are known at compile time: they need no unit")
+    if "nearest" in result.orders:
+        console.print("nearest is a bound: no unit finds it")
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
+    for entry in result.layers:
+        if entry.reason:
+            console.print(f"{escape(entry.layer)}: {escape(entry.reason)}")
+    for name, reason in result.skipped.items():
+        console.print(f"not counted: {escape(name)}: {escape(reason)}")
+
+
+def _signed_energy(pj: float) -> str:
+    return ("-" if pj < 0 else "") + units.energy(abs(pj))
+
+
+def _add_sent(table: Table, name: str, result: Transitions, sent: Sequence[Sent]) -> None:
+    """One row for each part of the traffic, and one for all; ``sent`` ends with the order."""
+    energy = result.link.energy_pj_per_transition.value
+    ordered = sent[-1]
+    rows: list[tuple[str, int, list[int]]] = [
+        (
+            part,
+            ordered.parts[part].flits,
+            [entry.parts[part].total if part in entry.parts else 0 for entry in sent],
+        )
+        for part in ordered.parts
+    ]
+    flits = sum(part.flits for part in ordered.parts.values())
+    rows.append(("all", flits, [entry.transitions for entry in sent]))
+    for part, count, changes in rows:
+        table.add_row(
+            escape(name) if part == "inputs" else "",
+            part,
+            f"{count:,}",
+            *(f"{change:,}" for change in changes),
+            *(units.percent(before - changes[-1], before) for before in changes[:-1]),
+            units.energy(changes[-1] * energy),
+        )
+
+
 def _measured(value: float, unit: str) -> str:
     return f"{100 * value:.2f} %" if unit == "fraction" else f"{value:.6g} {unit}".rstrip()
 
@@ -395,6 +483,20 @@ def print_targets(found: Installed) -> None:
         console.print(escape(f"[{number}] {text}"))
 
 
+def _link(link: Link | None) -> str:
+    """What a link does that is no number."""
+    if link is None:
+        return "none"
+    shared = "inputs and weights share flits"
+    if link.flit == "separate":
+        shared = "flits of inputs, flits of weights"
+        shared += ", what was just sent is kept" if link.reuse else ""
+    loops = ", ".join(link.loops)
+    return (
+        f"{shared}; {link.packing}; windows by {loops}; order {link.order} (as in: {link.source})"
+    )
+
+
 def print_target(accelerator: Accelerator) -> None:
     """Print the description of an accelerator: every number, its unit and where it comes from."""
     console = new_console()
@@ -406,6 +508,7 @@ def print_target(accelerator: Accelerator) -> None:
     console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
     model = accelerator.cost_model
     console.print(escape(f"cost model: {'none' if model is None else model.model}"))
+    console.print(escape(f"link: {_link(accelerator.link)}"))
     table = new_table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis

@@ -20,9 +20,9 @@ from pydantic import Field, field_validator, model_validator
 
 from bitwright.errors import UsageError
 from bitwright.targets.orders import Order, counting_sort
-from bitwright.targets.schema import Clock, Count, Data, Number, Positive
+from bitwright.targets.schema import Clock, Count, Data, Number, Positive, Source
 
-__all__ = ["Link", "Traffic", "flits", "transitions"]
+__all__ = ["Link", "LinkDescription", "Traffic", "flits", "transitions"]
 
 Words = npt.NDArray[np.uint16]
 IntArray = npt.NDArray[np.int64]
@@ -66,12 +66,12 @@ class Link(Data):
     """
 
     flit: Literal["paired", "separate"]
-    word_bits: Number[Annotated[int, Field(ge=1, le=16, strict=True)]]
+    word_bits: Number[Annotated[int, Field(gt=0, le=16, strict=True)]]
     lanes: Number[Count]
     packing: Literal["row-major", "column-major"]
     loops: tuple[Loop, Loop, Loop]
     reuse: Annotated[bool, Field(strict=True)] = False
-    window: Number[Annotated[int, Field(ge=2, le=256, strict=True)]]
+    window: Number[Annotated[int, Field(gt=1, le=256, strict=True)]]
     order: str = "popcount"
     source: str = Field(min_length=1)
     energy_pj_per_transition: Number[Positive]
@@ -98,6 +98,18 @@ class Link(Data):
     def _paired_flits_carry_both(self) -> Link:
         if self.reuse and self.flit == "paired":
             raise ValueError("reuse: flits of both operands are always sent whole")
+        return self
+
+    @model_validator(mode="after")
+    def _the_order_fits(self) -> Link:
+        order = Order.parse(self.order)
+        bits = self.word_bits.value
+        try:
+            self.check(order)
+            if order.is_sorted:
+                order.bucket_map(bits, np.ones(1 << bits))  # of some words or other
+        except UsageError as error:
+            raise ValueError(f"order {self.order}: {error.what}; {error.fix}") from error
         return self
 
     @property
@@ -148,6 +160,22 @@ class Link(Data):
                 fix=f"sort on:{kept} or on:separated, or take a link without reuse",
             )
 
+    def words_in(self, flits: int, terms: int) -> int:
+        """How many words the flits of an operand carry; slots that a window does not fill are none.
+
+        Parameters
+        ----------
+        flits
+            All flits of an operand of a layer, of whole samples.
+        terms
+            Terms of an output of that layer.
+        """
+        window, lanes = self.window.value, self.lanes.value
+        whole, rest = divmod(terms, window)
+        # Each of an output's windows is sent equally often.
+        of_output = whole * -(-window // lanes) + -(-rest // lanes)
+        return flits // of_output * terms
+
     def words(self, codes: npt.NDArray[Any]) -> Words:
         """Codes as they are on the wire: two's complement, ``word_bits`` wide.
 
@@ -166,6 +194,26 @@ class Link(Data):
                 fix="describe a link with wider words (word_bits)",
             )
         return (codes.astype(np.int64) & ((1 << bits) - 1)).astype(np.uint16)
+
+
+class LinkDescription(Data):
+    """A link that belongs to no accelerator: a file of its own.
+
+    Attributes
+    ----------
+    name, summary
+        What it is.
+    sources
+        Where its numbers come from, by the keys that the numbers name.
+    link
+        The link.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(min_length=1)
+    summary: str = Field(min_length=1)
+    sources: dict[str, Source] = Field(min_length=1)
+    link: Link
 
 
 @dataclass(frozen=True)
@@ -253,6 +301,26 @@ class Traffic:
     def chunks(self, window: int) -> list[slice]:
         """The terms of each window of an output."""
         return [slice(k, min(k + window, self.terms)) for k in range(0, self.terms, window)]
+
+    def words_sent(self, link: Link) -> dict[Part, int]:
+        """Words of each operand that are sent, without those that fill flits up.
+
+        With :attr:`Link.reuse`, a window that repeats counts once: that of the inputs where
+        channels are what changes first, that of the weights where positions are.
+        """
+        sizes = {
+            "channel": self.channels,
+            "position": len(self.bases),
+            "chunk": len(self.chunks(link.window.value)),
+        }
+        changing = [loop for loop in link.loops if sizes[loop] > 1]
+        innermost = changing[-1] if link.reuse and changing else None
+        inputs = weights = self.channels * len(self.bases)
+        if innermost == "channel":
+            inputs = self.taps.shape[0] * len(self.bases)
+        elif innermost == "position":
+            weights = self.channels
+        return {"inputs": inputs * self.terms, "weights": weights * self.terms}
 
     def sequence(self, link: Link) -> Iterator[tuple[int, int, int]]:
         """Channel, position and chunk of every window, in the order in which they are sent."""
