@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -867,19 +867,35 @@ def _emit_positions(dtype: str, word_bits: int, window: int, moved: bool) -> Non
 
         with emit.loop(count) as lane:
             start, length = span(lane)
-            with emit.loop(length) as term:
-                keys.set(lane, term, _word(codes[emit.index(start + term)], word_bits))
+            for term, code in _each(codes, start, length):
+                keys.set(lane, term, _word(code, word_bits))
             keys.fill(lane, length, rows)
         keys.rank(rows)
         with emit.loop(count) as lane:
             start, length = span(lane)
-            with emit.loop(length) as term:
-                place = emit.bind(keys.place(lane, term))
-                if moved:
-                    code = codes[emit.index(start + term)]
-                    T.buffer_store(result, code, [emit.index(start + place)])
-                else:
-                    _put(result, start + term, place)
+            if moved:
+                for term, code in _each(codes, start, length):
+                    place = emit.index(start + keys.place(lane, term))
+                    T.buffer_store(result, code, [place])
+            else:
+                with emit.loop(length) as term:
+                    _put(result, start + term, keys.place(lane, term))
+
+
+def _each(codes: Buffer, start: Expr, length: Expr) -> Iterator[tuple[Expr, Expr]]:
+    """Emit what the caller does with each of some codes; they are read 64 bits at once."""
+    bits = int(codes.dtype.removeprefix("u")[3:])
+    count = 64 // bits
+    whole = emit.bind(length // count)
+    with emit.loop(whole) as group:
+        first = emit.bind(group * count)
+        many = emit.bind(emit.reinterpret(emit.load(codes, start + first, count), "uint64", 1))
+        for place in range(count):
+            code = T.shift_right(many, tirx.const(bits * place, "uint64"))
+            yield first + place, emit.bind(emit.cast(code, codes.dtype, 1))
+    with emit.loop(length - whole * count) as place:
+        term = emit.bind(whole * count + place)
+        yield term, codes[emit.index(start + term)]
 
 
 # --------------------------------------------------------------------------- from Python
