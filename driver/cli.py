@@ -501,9 +501,24 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the artefact \\[default: one a processor].")
     ] = None,
+    count_transitions: Annotated[
+        bool,
+        typer.Option(
+            "--count-transitions",
+            help="Send the samples over the link and count what toggles; nothing is compared.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run an artefact on data, side by side with the models it was made from."""
+    if count_transitions:
+        if (metric, float_model, reference) != ("top1", None, True):
+            raise UsageError(
+                "--count-transitions compares nothing with other models",
+                fix="leave out --metric, --float and --no-reference, or run twice",
+            )
+        _count_transitions(artifact, data, batch_size, threads, as_json=as_json)
+        return
     from bitwright.evaluation import run as execute
 
     with _progress("running") as progress:
@@ -523,6 +538,22 @@ def run(
         from bitwright.tables import print_side_by_side
 
         print_side_by_side(result)
+
+
+def _count_transitions(
+    artifact: Path, data: Path, batch_size: int, threads: int | None, *, as_json: bool
+) -> None:
+    from bitwright.artifact import load_artifact
+
+    loaded = load_artifact(artifact, threads=threads)
+    with _progress("sending") as progress:
+        result = loaded.count_transitions(data, batch_size=batch_size, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_transitions
+
+        print_transitions(result)
 
 
 @_command

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import platform
 import re
 import shutil
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
@@ -22,12 +23,15 @@ from bitwright.artifact import (
     Host,
     HostOperator,
     LayerEntry,
+    LinkEntry,
     ModelEntry,
     PassEntry,
+    SentLayerEntry,
     TensorEntry,
     check_output_folder,
     load_artifact,
     needed_features,
+    parameter_entries,
     read_manifest,
     save_artifact,
     sha256,
@@ -253,8 +257,8 @@ def compile(  # noqa: A001 - the command's name
     check_operators(loaded)
 
     quantized, float_model = loaded, None
-    if calibration is not None:
-        samples = Samples(calibration, loaded.inputs)
+    samples = None if calibration is None else Samples(calibration, loaded.inputs)
+    if samples is not None:
         result = quantize_model(loaded, complete, samples, progress=progress, **options)
         complete = result.plan
         quantized = load(result.model)
@@ -274,7 +278,12 @@ def compile(  # noqa: A001 - the command's name
     log = folder.with_name(f"{folder.name}.bitwright-error.log")
     with _told_in_one_sentence(log, layer_nodes(quantized)):
         built = build(
-            import_model(quantized), accelerator, pipeline=pipeline, dump_ir=dumps, progress=step
+            import_model(quantized),
+            accelerator,
+            pipeline=pipeline,
+            measured=_measured(quantized, samples, pipeline, target),
+            dump_ir=dumps,
+            progress=step,
         )
         manifest: dict[str, Any] = {
             "target": accelerator.name,
@@ -289,6 +298,7 @@ def compile(  # noqa: A001 - the command's name
             "layers": tuple(map(_layer, built.layers)),
             "host_operators": tuple(HostOperator(**asdict(e)) for e in built.host_operators),
             "passes": tuple(map(_pass, built.passes)),
+            "link": _link(built.link),
             "host": Host(
                 machine=platform.machine(),
                 target=built.target,
@@ -300,6 +310,7 @@ def compile(  # noqa: A001 - the command's name
             manifest=manifest,
             export=built.executable.export_library,
             parameters=built.parameters,
+            link_parameters=None if built.link is None else built.link.parameters,
             plan=complete,
             cost=costs,
             qdq_model=quantized.to_proto().SerializeToString() if keep_qdq else None,
@@ -371,6 +382,43 @@ def _pipeline(passes: str, target: str | Path) -> Any:
     return Pipeline({**pipeline.options, name: option})
 
 
+class _Lazily(Mapping[str, Any]):
+    """A mapping that is made when somebody looks into it."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = functools.cache(make)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._make()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make())
+
+    def __len__(self) -> int:
+        return len(self._make())
+
+
+def _measured(
+    model: Model, samples: Samples | None, pipeline: Any, target: str | Path
+) -> Mapping[str, Any] | None:
+    """What layers send on the calibration samples, measured if a pass asks."""
+    if samples is None or "popcount-reorder" not in pipeline.options:
+        return None
+    from bitwright.linking import measure, sized
+    from bitwright.passes.popcount_reorder import PopcountReorder
+
+    reorder = PopcountReorder(**pipeline.options["popcount-reorder"])
+    named = pipeline.options["materialize-transfers"].get("link") or target
+    form = pipeline.options["lower-to-integer"].get("requantization", "float")
+
+    def make() -> Mapping[str, Any]:
+        link = targets.get_link(named)
+        order = reorder.order(link)
+        return measure(model, samples, sized(link, reorder.window), [order], requantization=form)
+
+    return _Lazily(make)
+
+
 def _check_compiler() -> None:
     """Refuse to start without the compiler that links the library."""
     from tvm.support.cc import get_cc
@@ -434,6 +482,27 @@ def _tensor(value: ValueType) -> TensorEntry:
 
 def _layer(layer: Any) -> LayerEntry:
     return LayerEntry(**asdict(layer), float_weight_bytes=4 * layer.weight_count)
+
+
+def _link(built: Any) -> LinkEntry | None:
+    if built is None:
+        return None
+    return LinkEntry(
+        link=built.layers[0].link,  # there is one for all
+        layers=tuple(
+            SentLayerEntry(
+                name=entry.layer,
+                order=str(entry.order),
+                terms=entry.terms,
+                sorted_by_unit=entry.sorted_by_unit,
+                reason=entry.reason,
+            )
+            for entry in built.layers
+        ),
+        skipped=dict(built.skipped),
+        batched=built.batched,
+        parameters=parameter_entries(built.parameters),
+    )
 
 
 def _pass(report: Any) -> PassEntry:

@@ -318,7 +318,7 @@ def print_transitions(result: Transitions) -> None:
     if packing == ROW_MAJOR:
         del baselines[ROW_MAJOR]
     shares = [f"saved against {name}" for name in baselines.values()]
-    for order in result.orders:
+    for order in result.orders or (UNSORTED,):
         table = new_table(
             f"{Path(result.source).name}: transitions of {result.samples} samples, {order}",
             ["layer", "part"],

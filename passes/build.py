@@ -32,7 +32,14 @@ from bitwright.passes.expressions import (
     scans,
     static_shape,
 )
-from bitwright.passes.link_entry import ENTRY, SentLayer, Transfers, add_link_entry, take_transfers
+from bitwright.passes.link_entry import (
+    ENTRY,
+    LinkEntry,
+    SentLayer,
+    Transfers,
+    add_link_entry,
+    take_transfers,
+)
 from bitwright.passes.ops import COND, SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
@@ -123,12 +130,15 @@ class BuiltLink:
         How operands are sent, in the order in which ``main_link`` returns what it counted.
     skipped
         Layers whose operands are not sent, and why.
+    batched
+        Whether several samples can be sent in one call.
     parameters
         What ``main_link`` takes behind the parameters of ``main``.
     """
 
     layers: tuple[SentLayer, ...]
     skipped: Mapping[str, str]
+    batched: bool
     parameters: dict[str, npt.NDArray[Any]]
 
 
@@ -237,16 +247,17 @@ def build(
     host_operators = tuple(named.values())
     if progress is not None:
         progress("code generation")
-    entries, sent = ["main"], ()
-    if transfers is not None:
-        module, sent = _run("code generation", lambda mod: add_link_entry(mod, transfers), module)
-        entries.append(ENTRY)
-    parameters, *others = (_parameters(module[name]) for name in entries)
-    module, _ = relax.frontend.detach_params(module)
+    entries = ["main"]
+    parameters = _parameters(module["main"])
     link = None
-    if transfers is not None:
-        own = {name: array for name, array in others[0].items() if name not in parameters}
-        link = BuiltLink(sent, transfers.skipped, own)
+    if transfers is not None and transfers.layers:
+        found = _run("code generation", functools.partial(_add_link, transfers), module)
+        module = found.module
+        entries.append(ENTRY)
+        own = _parameters(module[ENTRY])
+        own = {name: array for name, array in own.items() if name not in parameters}
+        link = BuiltLink(found.layers, transfers.skipped, found.batched, own)
+    module, _ = relax.frontend.detach_params(module)
     options = {CODEGEN: {"isa": isa.name}}
     # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
     disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
@@ -264,6 +275,10 @@ def build(
     return Built(
         executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name, link
     )
+
+
+def _add_link(transfers: Transfers, module: Any) -> LinkEntry:
+    return add_link_entry(module, transfers)
 
 
 def _parameters(entry: Any) -> dict[str, npt.NDArray[Any]]:

@@ -49,7 +49,14 @@ from bitwright.targets.kernels.spec import ActivationMatmul, Convolution, Matmul
 from bitwright.targets.link import Link, Traffic
 from bitwright.targets.orders import Order
 
-__all__ = ["ENTRY", "ROW_MAJOR", "SentLayer", "Transfers", "add_link_entry", "take_transfers"]
+__all__ = [
+    "ENTRY",
+    "LinkEntry",
+    "SentLayer",
+    "Transfers",
+    "add_link_entry",
+    "take_transfers",
+]
 
 Array = npt.NDArray[Any]
 
@@ -167,7 +174,27 @@ def _sent_layer(product: Any, bound: Mapping[Any, Any], reason: str) -> SentLaye
     )
 
 
-def add_link_entry(mod: Any, transfers: Transfers) -> tuple[Any, tuple[SentLayer, ...]]:
+@dataclass(frozen=True)
+class LinkEntry:
+    """What :func:`add_link_entry` makes.
+
+    Attributes
+    ----------
+    module
+        The module with ``main_link``, which takes the inputs, the parameters of ``main`` and some
+        of its own; their values stand in its attribute ``params``.
+    layers
+        The layers in the order of their results.
+    batched
+        Whether several samples can be sent in one call: each is counted on its own then.
+    """
+
+    module: Any
+    layers: tuple[SentLayer, ...]
+    batched: bool
+
+
+def add_link_entry(mod: Any, transfers: Transfers) -> LinkEntry:
     """Add ``main_link``.
 
     Parameters
@@ -176,13 +203,6 @@ def add_link_entry(mod: Any, transfers: Transfers) -> tuple[Any, tuple[SentLayer
         A module with packed weights (PackWeights).
     transfers
         How the operands of its layers are sent.
-
-    Returns
-    -------
-    tuple
-        The module, and the layers in the order of their results. ``main_link`` takes the inputs,
-        the parameters of ``main`` and some of its own; their values stand in its attribute
-        ``params``.
     """
     return _Entry(mod, transfers).run()
 
@@ -225,9 +245,11 @@ class _Entry:
         self.kernels: dict[Any, Any] = {}
         self.counted: dict[str, SentLayer] = {}
         self.counts: list[Any] = []
+        #: Whether samples lie one after the other in the operands of every layer.
+        self.batched = True
         self.batch: Any = tirx.IntImm("int64", 1)
 
-    def run(self) -> tuple[Any, tuple[SentLayer, ...]]:
+    def run(self) -> LinkEntry:
         copied = relax.utils.copy_with_new_vars(self.mod["main"])
         inputs = int(copied.attrs["num_input"])
         if inputs and copied.params[0].ty.shape is not None and copied.params[0].ty.ndim:
@@ -260,7 +282,8 @@ class _Entry:
         functions = {**dict(self.mod.functions_items()), **self.functions}
         functions[global_variable(ENTRY, entry)] = entry
         mod = tvm.IRModule(functions, attrs=self.mod.attrs, global_infos=self.mod.global_infos)
-        return relax.transform.ConvertToDataflow()(mod), tuple(self.counted.values())
+        mod = relax.transform.ConvertToDataflow()(mod)
+        return LinkEntry(mod, tuple(self.counted.values()), self.batched)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -460,7 +483,8 @@ class _Entry:
         each = analyzer.simplify(tirx.floordiv(count, self.batch))
         if analyzer.can_prove_equal(each * self.batch, count):
             return self.batch, each
-        return tirx.IntImm("int64", 1), count  # the batch lies elsewhere: one sample at a time
+        self.batched = False
+        return tirx.IntImm("int64", 1), count
 
     def _bases(
         self, rewriter: CallRewriter, sent: SentLayer, inner: Array, count: Any, words: Any

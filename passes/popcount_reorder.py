@@ -307,10 +307,6 @@ class PopcountReorder:
             order = Order("popcount")
         return replace(order, **self._options)
 
-    def needs_samples(self, link: Link) -> bool:
-        """Whether ``measured`` is asked for: ``auto``, or a map that depends on activations."""
-        return self.auto or self.order(link).needs_histogram
-
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite every Relax function."""
         return rewriting(self._rewrite)(mod)
