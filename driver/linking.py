@@ -27,7 +27,6 @@ from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.targets.link import Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
-from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 from bitwright.transitions import (
     ROW_MAJOR,
@@ -190,6 +189,14 @@ def _rows(node: Any, array: npt.NDArray[Any], *, left: bool) -> npt.NDArray[Any]
 # -- counting ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Sort:
+    """How an order sorts the windows of a layer: tables, and the places of its weights."""
+
+    tables: Mapping[Part, npt.NDArray[np.uint16]]
+    places: npt.NDArray[np.uint8] | None
+
+
 class _Counter:
     """Counts what layers send in several orders.
 
@@ -212,8 +219,7 @@ class _Counter:
         self._row_major = link.model_copy(update={"packing": "row-major"})
         self._orders = orders
         self._histograms = histograms
-        self._tables: dict[tuple[str, Order, Part], npt.NDArray[np.uint16]] = {}
-        self._places: dict[tuple[str, Order], npt.NDArray[np.uint8]] = {}  # of constants
+        self._sorts: dict[tuple[str, Order], _Sort] = {}
         self._refused: dict[str, dict[str, UsageError]] = {}
         self._pending: dict[str, list[LayerStream]] = {}
         self._layers: dict[str, LayerTransitions] = {}
@@ -270,30 +276,26 @@ class _Counter:
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
         from bitwright.targets.kernels.link import LayerKernel
 
+        chunks = len(stream.traffic.chunks(self._link.window.value))
         for order in self._orders:
             try:
-                stream.traffic.check(self._link, order)
+                self._link.check(order, chunks=chunks)
                 LayerKernel.of(self._link, order, "int8", "int8", 64)
-                if order.key == "chain" and not stream.constant:
-                    raise UsageError(
-                        "the weights are computed while the model runs, and a chain is made before",
-                        fix="sort by a key, which a unit can",
-                    )
             except UsageError as error:
                 yield str(order), error
 
     def _send(self, stream: LayerStream, link: Link, order: Order) -> Sent:
         from bitwright.targets.kernels.link import layer_transitions
 
-        by_inputs = order.is_sorted and order.on != "weights"
+        sort = self._sort(stream, order)
         found = layer_transitions(
             stream.traffic,
             link,
             order,
             stream.inputs,
             stream.weights,
-            table=self._table(stream, order, "inputs") if by_inputs else None,
-            places=self._places_of(stream, order) if order.orders_weights else None,
+            table=sort.tables.get("inputs"),
+            places=sort.places,
         )
         parts = {
             part: PartTransitions(found.flits[part], counts)
@@ -301,27 +303,33 @@ class _Counter:
         }
         return Sent(parts, len(stream.inputs) * _words_sorted(stream, link, order))
 
-    def _places_of(self, stream: LayerStream, order: Order) -> npt.NDArray[np.uint8]:
-        """The place of every weight in its window."""
-        if not stream.constant:
+    def _sort(self, stream: LayerStream, order: Order) -> _Sort:
+        if not order.is_sorted:
+            return _Sort({}, None)
+        known = self._sorts.get((stream.traffic.layer, order))
+        if known is None:
+            known = _Sort({part: self._table(stream, order, part) for part in _keyed(order)}, None)
+        if known.places is None and "weights" in known.tables:
             from bitwright.targets.kernels.link import positions
 
-            table = self._table(stream, order, "weights")
-            return positions(stream.weights, table, self._link.window.value)
-        key = stream.traffic.layer, order
-        if key not in self._places:
-            words, count = self._link.words(stream.weights), len(stream.traffic.bases)
-            self._places[key] = constant_places(words, self._link, order, positions=count)
-        return self._places[key]
+            table, window = known.tables["weights"], self._link.window.value
+            known = replace(known, places=positions(stream.weights, table, window))
+        # Places of weights that are computed are those of one run.
+        kept = known if stream.constant else replace(known, places=None)
+        self._sorts[stream.traffic.layer, order] = kept
+        return known
 
-    def _table(self, stream: LayerStream, order: Order, part: Part) -> npt.NDArray[np.uint16]:
-        key = stream.traffic.layer, order, part
-        if key not in self._tables:
-            histogram = None
-            if order.needs_histogram:
+    def _table(
+        self, stream: LayerStream, order: Order, part: Literal["inputs", "weights"]
+    ) -> npt.NDArray[np.uint16]:
+        bits = self._link.word_bits.value
+        histogram = None
+        if order.needs_histogram:
+            if part == "weights" and stream.constant:
+                histogram = _histogram(self._link, stream.weights)
+            else:
                 histogram = self._histograms[stream.traffic.layer][part]
-            self._tables[key] = order.table(self._link.word_bits.value, histogram)
-        return self._tables[key]
+        return order.table(bits, histogram)
 
 
 def _keyed(order: Order) -> tuple[Literal["inputs", "weights"], ...]:
