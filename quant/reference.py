@@ -56,8 +56,9 @@ class _Codes:
     """A quantized tensor behind DequantizeLinear.
 
     ``scale`` and ``zero_point`` broadcast against ``codes``, which have ``bits`` bits and are
-    ``signed`` or not. ``quantization`` describes them where the scale is one number; it is None for per-channel scales
-    and for 32-bit biases. ``stored`` says whether the codes are constants of the model.
+    ``signed`` or not. ``quantization`` describes them where the scale is one number; it is None for
+    per-channel scales and for 32-bit biases. ``stored`` says whether the codes are constants of the
+    model.
     """
 
     codes: IntArray
