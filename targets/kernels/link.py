@@ -869,11 +869,17 @@ def _order_kernel(
         chunks = emit.bind((terms + (window - 1)) // window)
         windows = emit.bind(batch * channels * chunks)
 
-        def span(number: Expr) -> tuple[Expr, Expr]:
-            """First term and length of a window."""
-            start = emit.bind(number % chunks * window)
-            length = emit.bind(emit.lesser(terms - start, window))
-            return emit.bind(number // chunks * terms + start), length
+        first, term = _Counter(), _Counter()
+
+        def advance() -> tuple[Expr, Expr]:
+            """First term and length of the next window."""
+            start = first.get()
+            length = emit.bind(emit.lesser(terms - term.get(), window))
+            first.add(length)
+            term.add(length)
+            with emit.when(term.get() == terms):
+                term.set(0)
+            return start, length
 
         def put(start: Expr, term: Expr, place: Expr, code: Expr) -> None:
             if moved:
@@ -883,7 +889,7 @@ def _order_kernel(
 
         few = buckets * window.bit_length() <= 64
         order = _order_by_counters if few else _order_by_ranks
-        order(codes, table, word_bits, window, windows, span, put)
+        order(codes, table, word_bits, window, windows, advance, put)
 
     return emit.primitive_function(name, body)
 
@@ -894,7 +900,7 @@ def _order_by_counters(
     word_bits: int,
     window: int,
     windows: Expr,
-    span: Callable[[Expr], tuple[Expr, Expr]],
+    advance: Callable[[], tuple[Expr, Expr]],
     put: Callable[[Expr, Expr, Expr, Expr], None],
 ) -> None:
     """Order by few buckets: the counters of all of them are bits of one number."""
@@ -915,8 +921,8 @@ def _order_by_counters(
         return emit.bind(emit.cast(found, "uint64", 1))
 
     counters = emit.allocate(1, "uint64", registers=True)
-    with emit.loop(windows) as place:
-        start, length = span(place)
+    with emit.loop(windows):
+        start, length = advance()
         emit.store(counters, 0, number(0), 1)
         for _, code in _each(codes, start, length, together=False):
             one = T.shift_left(number(1), shift(code))
@@ -943,23 +949,25 @@ def _order_by_ranks(
     word_bits: int,
     window: int,
     windows: Expr,
-    span: Callable[[Expr], tuple[Expr, Expr]],
+    advance: Callable[[], tuple[Expr, Expr]],
     put: Callable[[Expr, Expr, Expr, Expr], None],
 ) -> None:
     """Order by any number of buckets."""
     keys = _Keys(word_bits, window, table)
     rows = round_up(window, 4)
+    starts, lengths = (emit.allocate(_LANES, "int64") for _ in range(2))
     with emit.loop((windows + (_LANES - 1)) // _LANES) as block:
-        first = emit.bind(block * _LANES)
-        count = emit.bind(emit.lesser(windows - first, _LANES))
+        count = emit.bind(emit.lesser(windows - block * _LANES, _LANES))
         with emit.loop(count) as lane:
-            start, length = span(first + lane)
+            start, length = advance()
+            _put(starts, lane, start)
+            _put(lengths, lane, length)
             for term, code in _each(codes, start, length):
                 keys.set(lane, term, _word(code, word_bits))
             keys.fill(lane, length, _int(rows))
         keys.rank(_int(rows))
         with emit.loop(count) as lane:
-            start, length = span(first + lane)
+            start, length = emit.bind(starts[lane]), emit.bind(lengths[lane])
             for term, code in _each(codes, start, length):
                 put(start, term, keys.place(lane, term), code)
 
