@@ -27,6 +27,7 @@ from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.targets.link import Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
+from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 from bitwright.transitions import (
     ROW_MAJOR,
@@ -276,10 +277,11 @@ class _Counter:
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
         from bitwright.targets.kernels.link import LayerKernel
 
-        chunks = len(stream.traffic.chunks(self._link.window.value))
         for order in self._orders:
             try:
-                self._link.check(order, chunks=chunks)
+                stream.traffic.check(self._link, order)
+                if order.key == "chain" and not stream.constant:
+                    raise UsageError("its weights are computed, and a chain is one of constants")
                 LayerKernel.of(self._link, order, "int8", "int8", 64)
             except UsageError as error:
                 yield str(order), error
@@ -304,43 +306,40 @@ class _Counter:
         return Sent(parts, len(stream.inputs) * _words_sorted(stream, link, order))
 
     def _sort(self, stream: LayerStream, order: Order) -> _Sort:
-        if not order.is_sorted:
-            return _Sort({}, None)
         known = self._sorts.get((stream.traffic.layer, order))
         if known is None:
-            known = _Sort({part: self._table(stream, order, part) for part in _keyed(order)}, None)
-        if known.places is None and "weights" in known.tables:
-            from bitwright.targets.kernels.link import positions
+            keyed = [part for part in _keyed(order) if part == "inputs" or not stream.constant]
+            places = None
+            if stream.constant and order.orders_weights:
+                words, positions = self._link.words(stream.weights), len(stream.traffic.bases)
+                places = constant_places(words, self._link, order, positions=positions)
+            known = _Sort({part: self._table(stream, order, part) for part in keyed}, places)
+            self._sorts[stream.traffic.layer, order] = known
+        if "weights" in known.tables:  # computed, so their places are those of one run
+            from bitwright.targets.kernels.link import positions as sorted_places
 
             table, window = known.tables["weights"], self._link.window.value
-            known = replace(known, places=positions(stream.weights, table, window))
-        # Places of weights that are computed are those of one run.
-        kept = known if stream.constant else replace(known, places=None)
-        self._sorts[stream.traffic.layer, order] = kept
+            return replace(known, places=sorted_places(stream.weights, table, window))
         return known
 
     def _table(
         self, stream: LayerStream, order: Order, part: Literal["inputs", "weights"]
     ) -> npt.NDArray[np.uint16]:
-        bits = self._link.word_bits.value
         histogram = None
         if order.needs_histogram:
-            if part == "weights" and stream.constant:
-                histogram = _histogram(self._link, stream.weights)
-            else:
-                histogram = self._histograms[stream.traffic.layer][part]
-        return order.table(bits, histogram)
+            histogram = self._histograms[stream.traffic.layer][part]
+        return order.table(self._link.word_bits.value, histogram)
 
 
 def _keyed(order: Order) -> tuple[Literal["inputs", "weights"], ...]:
-    """The operands whose words an order looks at."""
+    """The operands that an order sorts by a table."""
+    if not order.is_sorted:
+        return ()
     return _PARTS if order.on == "separated" else (order.on,)
 
 
 def _words_sorted(stream: LayerStream, link: Link, order: Order) -> int:
     """Words that a unit in front of the link orders; constants are ordered before."""
-    if not order.is_sorted:
-        return 0
     sent = stream.traffic.words_sent(link)
     keyed = [part for part in _keyed(order) if part == "inputs" or not stream.constant]
     return sum(sent[part] for part in keyed)

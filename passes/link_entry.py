@@ -346,7 +346,7 @@ class _Entry:
     ) -> Any:
         """Place of each weight in its window."""
         batch, channels, terms = operands.w.ty.shape
-        if not order.is_sorted or order.on == "inputs":
+        if not order.orders_weights:
             unsorted = (np.arange(sent.terms) % link.window.value).astype(np.uint8)
             one = relax.const(unsorted.reshape(1, 1, -1))
             return rewriter.emit(relax.op.broadcast_to(one, (batch, channels, terms)))

@@ -22,6 +22,7 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
@@ -45,6 +46,7 @@ from bitwright.passes.expressions import (
 from bitwright.passes.materialize_transfers import link_of
 from bitwright.targets.link import Link, Part
 from bitwright.targets.orders import Order
+from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 
 __all__ = ["REASONS", "Measured", "PopcountReorder", "sent_products", "weight_terms"]
@@ -199,32 +201,18 @@ def _terms(call: Any) -> int:
     return int(np.prod([size for size in sizes if size is not None]))
 
 
-def places_of(
-    words: npt.NDArray[Any], table: npt.NDArray[Any], window: int
-) -> npt.NDArray[np.uint8]:
-    """Place of each term in its window, in the stable sort by buckets.
-
-    Parameters
-    ----------
-    words
-        Shape (channels, terms).
-    table
-        Bucket of every word.
-    window
-        Terms of a window; the last one may have fewer.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8, shape (channels, terms).
-    """
-    buckets = table[words]
-    places = np.empty(words.shape, np.uint8)
-    for start in range(0, words.shape[1], window):
-        # The same as the counting sort, which needs room for each bucket.
-        ranked = np.argsort(buckets[:, start : start + window], axis=1, kind="stable")
-        places[:, start : start + window] = np.argsort(ranked, axis=1)
-    return places
+def _sizes(call: Any) -> dict[str, int]:
+    """Channels, groups and positions of a product; 2 positions stand for any unknown number."""
+    shape, weights = static_shape(call), static_shape(call.args[1])
+    assert weights is not None
+    if operator(call) == "matmul":
+        channels, groups, places = weights[-1], 1, None if shape is None else shape[1:-1]
+    else:
+        channels, groups = weights[0], int(call.attrs.groups)
+        places = None if shape is None else shape[2:]
+    known = places is not None and None not in places
+    positions = math.prod(size or 1 for size in places or ()) if known else 2
+    return {"channels": channels or 2, "groups": groups, "positions": positions}
 
 
 @tvm.transform.module_pass(opt_level=0, name="PopcountReorder")
@@ -239,8 +227,8 @@ class PopcountReorder:
     Parameters
     ----------
     key
-        ``popcount``, ``gray-rank``, or ``none``. This and the next five: left out, as the link's
-        own order says.
+        ``popcount``, ``gray-rank``, ``chain`` (each constant weight next to the nearest that is
+        left), or ``none``. This and the next five: left out, as the link's own order says.
     on
         Whose words are sorted: ``weights``, ``inputs``, or ``separated``.
     buckets
@@ -291,8 +279,8 @@ class PopcountReorder:
         order = replace(Order("popcount"), **self._options)
         if order.key == "nearest":
             raise UsageError(
-                "nearest is a bound that no unit computes",
-                fix="choose popcount or gray-rank; bitwright link --order nearest counts it",
+                "nearest looks at all that is sent, which no unit does",
+                fix="choose popcount, gray-rank or chain; bitwright link --order nearest counts it",
             )
         if window is not None and not 2 <= window <= _LONGEST_WINDOW:
             raise UsageError(f"a window has 2 to {_LONGEST_WINDOW} terms, not {window}")
@@ -358,8 +346,11 @@ class PopcountReorder:
                 )
             window = Number[int](value=self.window, source=link.window.source)
             link = link.model_copy(update={"window": window})
-        link.check(order, chunks=-(-terms // link.window.value))
         codes = constant(weights.args[0])
+        sizes = _sizes(product.call)
+        link.check(order, **sizes, chunks=-(-terms // link.window.value))
+        if order.key == "chain" and codes is None:
+            return "left unsorted: its weights are computed, and a chain is one of constants"
         reason = ""
         if self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
@@ -374,7 +365,8 @@ class PopcountReorder:
         windows = f"{operator(product.call)} {product.call.attrs} {shape}"
         for operand, var in variables.items():
             keyed = operand if order.on == "separated" else order.on
-            key = variables[keyed] if order.is_sorted else None
+            moved = order.is_sorted or order.orders_weights
+            key = variables[keyed] if moved else None
             change = _Change(order, text, key, windows)
             if changes.setdefault(var, change) != change:
                 raise UsageError(
@@ -386,7 +378,9 @@ class PopcountReorder:
                 words = None
                 if keyed == "weights" and codes is not None:
                     words = link.words(weight_terms(product.call, codes))
-                sorts[key] = self._sort(product.layer, keyed, words, order, link)
+                sorts[key] = self._sort(
+                    product.layer, keyed, words, order, link, sizes["positions"]
+                )
         return reason
 
     def _sort(
@@ -396,17 +390,14 @@ class PopcountReorder:
         words: npt.NDArray[np.uint16] | None,
         order: Order,
         link: Link,
+        positions: int,
     ) -> _Sort:
         """The places of constant words, or the table by which a unit sorts others."""
-        histogram = None
-        if order.needs_histogram and words is not None:
-            histogram = np.bincount(words.ravel(), minlength=1 << link.word_bits.value)
-        elif order.needs_histogram:
-            histogram = self._histogram(layer, part)
-        table = order.table(link.word_bits.value, histogram)
-        if words is None:
-            return _Sort(table=relax.const(table))
-        return _Sort(places=relax.const(places_of(words, table, link.window.value)))
+        if words is not None:
+            places = constant_places(words, link, order, positions=positions)
+            return _Sort(places=relax.const(places))
+        histogram = self._histogram(layer, part) if order.needs_histogram else None
+        return _Sort(table=relax.const(order.table(link.word_bits.value, histogram)))
 
     def _histogram(self, layer: str, part: Part) -> npt.NDArray[np.int64]:
         measured = (self.measured or {}).get(layer)

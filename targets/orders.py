@@ -218,7 +218,7 @@ class Order:
     ----------
     key
         What words are sorted by; or ``none``, which leaves them as they are; ``chain``, where each
-        constant weight is next to the nearest that is left (:mod:`bitwright.targets.chain`); or
+        constant weight is next to the nearest that is left (:mod:`bitwright.targets.places`); or
         ``nearest``, the greedy nearest neighbour of pairs, which no unit computes: how far one can
         get by looking at all that is sent.
     on
@@ -319,6 +319,11 @@ class Order:
     def is_sorted(self) -> bool:
         """Whether words are sorted by a table."""
         return self.key in ("popcount", "gray-rank")
+
+    @property
+    def orders_weights(self) -> bool:
+        """Whether weights have places that depend on them alone."""
+        return self.key == "chain" or (self.is_sorted and self.on != "inputs")
 
     @property
     def needs_histogram(self) -> bool:

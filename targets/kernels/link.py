@@ -719,29 +719,28 @@ class _Layer:
             T.buffer_store(self.pairs, pair, [emit.index(term)])
             _put(self.used, term, term)
         best = emit.allocate(1, "int32", registers=True)
-        with emit.loop(spec.lanes) as lane:
-            with emit.loop(count) as flit:
-                row_major = spec.packing == "row-major"
-                rank = emit.bind(flit * spec.lanes + lane if row_major else lane * count + flit)
-                last = emit.bind(self.last[emit.index(lane)])
-                sent = emit.bind(self.sent[emit.index(lane)])
-                with T.If(rank < length):
-                    with T.Then():
-                        emit.store(best, 0, tirx.const(2**30, "int32"), 1)
-                        with emit.loop(length) as term:
-                            changed = T.bitwise_xor(self.pairs[term], last)
-                            changed = T.popcount(T.bitwise_and(changed, sent))
-                            distance = emit.cast(changed, "int32", 1)
-                            cost = distance * tirx.const(256, "int32") + self.used[term]
-                            least = T.min(emit.load(best, 0, 1), cost)
-                            emit.store(best, 0, least, 1)
-                        which = emit.bind(T.bitwise_and(_at(best, 0), _int(255)))
-                        _put(self.near, which, rank)
-                        T.buffer_store(self.used, taken, [which])
-                        T.buffer_store(self.last, self.pairs[which], [emit.index(lane)])
-                    with T.Else():
-                        _put(self.last, lane, 0)
-                T.buffer_store(self.sent, tirx.const(2**32 - 1, "uint32"), [emit.index(lane)])
+        with emit.loop(spec.lanes) as lane, emit.loop(count) as flit:
+            row_major = spec.packing == "row-major"
+            rank = emit.bind(flit * spec.lanes + lane if row_major else lane * count + flit)
+            last = emit.bind(self.last[emit.index(lane)])
+            sent = emit.bind(self.sent[emit.index(lane)])
+            with T.If(rank < length):
+                with T.Then():
+                    emit.store(best, 0, tirx.const(2**30, "int32"), 1)
+                    with emit.loop(length) as term:
+                        changed = T.bitwise_xor(self.pairs[term], last)
+                        changed = T.popcount(T.bitwise_and(changed, sent))
+                        distance = emit.cast(changed, "int32", 1)
+                        cost = distance * tirx.const(256, "int32") + self.used[term]
+                        least = T.min(emit.load(best, 0, 1), cost)
+                        emit.store(best, 0, least, 1)
+                    which = emit.bind(T.bitwise_and(_at(best, 0), _int(255)))
+                    _put(self.near, which, rank)
+                    T.buffer_store(self.used, taken, [which])
+                    T.buffer_store(self.last, self.pairs[which], [emit.index(lane)])
+                with T.Else():
+                    _put(self.last, lane, 0)
+            T.buffer_store(self.sent, tirx.const(2**32 - 1, "uint32"), [emit.index(lane)])
 
     def _receive(self, lane: Expr) -> None:
         """Add up the products of a window as it has arrived; send its indices."""
@@ -991,18 +990,12 @@ def layer_transitions(
     UsageError
         If codes do not fit the words, or the link cannot have the order.
     """
-    link.check(
-        order,
-        channels=traffic.channels,
-        groups=len(traffic.taps),
-        positions=len(traffic.bases),
-        chunks=len(traffic.chunks(link.window.value)),
-    )
+    traffic.check(link, order)
     spec = LayerKernel.of(link, order, x.dtype.name, w.dtype.name, accumulator_bits)  # type: ignore[arg-type]  # refused by TVM
     for codes in (x, w):
         link.words(codes)
     weights = np.ascontiguousarray(w.reshape(-1, traffic.channels, traffic.terms))
-    if order.is_sorted and spec.uses_places:
+    if order.orders_weights:
         assert places is not None
         given = np.ascontiguousarray(places.reshape(weights.shape), np.uint8)
     else:

@@ -1,7 +1,6 @@
-"""Orders of constant weights in which each word is near the one in front of it in its lane.
+"""Places of constant weights: orders that are known at compile time and need no sorting unit.
 
-Weights are known at compile time, so their order may take any effort and needs no sorting unit; the
-inputs are fetched in that order. This is the greedy nearest neighbour on the weights alone.
+The inputs are fetched in the order of the weights that they meet.
 """
 
 from __future__ import annotations
@@ -10,14 +9,48 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.targets.link import Link, Words
+from bitwright.targets.orders import Order
 
-__all__ = ["chain"]
+__all__ = ["chain", "constant_places"]
 
 _TAKEN = 64  # more than the bits of a word
 
 
+def constant_places(
+    words: Words, link: Link, order: Order, *, positions: int
+) -> npt.NDArray[np.uint8]:
+    """Place of every weight in its window.
+
+    Parameters
+    ----------
+    words
+        Words of the weights; shape (channels, terms).
+    link, order
+        How they are sent; an order of the weights.
+    positions
+        Positions of the layer's output; 2 stands for any number that is not known.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, of the same shape: a permutation of 0, 1, ... in each window.
+    """
+    if order.key == "chain":
+        return chain(words, link, positions=positions, snake=order.snake)
+    bits, window = link.word_bits.value, link.window.value
+    buckets = order.table(bits, np.bincount(words.ravel(), minlength=1 << bits))[words]
+    places = np.empty(words.shape, np.uint8)
+    for start in range(0, words.shape[1], window):
+        # The same as the counting sort, which needs room for each bucket.
+        ranked = np.argsort(buckets[:, start : start + window], axis=1, kind="stable")
+        places[:, start : start + window] = np.argsort(ranked, axis=1)
+    return places
+
+
 def chain(words: Words, link: Link, *, positions: int, snake: bool) -> npt.NDArray[np.uint8]:
     """Places of weights in their windows, each next to the nearest that is left.
+
+    The greedy nearest neighbour on the weights alone.
 
     A place's word follows the one in front of it in its lane; the first of a lane follows the
     last one of the window before, among windows that follow one another in the innermost loop over
@@ -48,7 +81,7 @@ def chain(words: Words, link: Link, *, positions: int, snake: bool) -> npt.NDArr
     windows = padded.reshape(channels, chunks, window)
     lengths = np.minimum(window, terms - window * np.arange(chunks))
     sizes = {"channel": channels, "position": positions, "chunk": chunks}
-    inner = [loop for loop in link.loops if sizes[loop] > 1 or loop == "position"][-1]
+    inner = next((loop for loop in reversed(link.loops) if sizes[loop] > 1), "chunk")
     places = np.zeros(windows.shape, np.uint8)
     if snake or inner == "position":
         for length in np.unique(lengths):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bitwright.targets.chain import chain
 from bitwright.targets.link import Traffic, flits, transitions
 from bitwright.targets.orders import Order, counting_sort
+from bitwright.targets.places import chain
 from tests.targets.test_link import link
 
 
