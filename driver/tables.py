@@ -352,7 +352,8 @@ def print_transitions(result: Transitions) -> None:
             "-" if net is None or order in baselines else _signed_energy(net),
         )
     console.print(table)
-    if any(not result.total(o).needs_unit for o in result.orders if Order.parse(o).is_sorted):
+    early = [o for o in result.orders if Order.parse(o).orders_weights]
+    if any(not result.total(order).needs_unit for order in early):
         console.print("orders without words to sort are known at compile time: they need no unit")
     if "nearest" in result.orders:
         console.print("nearest is a bound: no unit finds it")
