@@ -19,8 +19,9 @@ from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
-from bitwright.targets import Accelerator, Installed
+from bitwright.targets import Accelerator, Installed, Link
 from bitwright.targets.schema import entries as numbers
+from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "print_side_by_side",
     "print_target",
     "print_targets",
+    "print_transitions",
 ]
 
 
@@ -306,6 +308,75 @@ def print_side_by_side(result: SideBySide) -> None:
         console.print(f"note: {escape(note)}")
 
 
+def print_transitions(result: Transitions) -> None:
+    """Print what toggled on the link: layers and parts, unsorted and in each order."""
+    console = new_console()
+    link = result.link
+    for order in result.orders:
+        table = new_table(
+            f"{Path(result.source).name}: transitions of {result.samples} samples, {order}",
+            ["layer", "part"],
+            [
+                *("flits", "row-major", link.packing, "ordered", "saved against row-major"),
+                *(f"saved against {link.packing}", "energy"),
+            ],
+        )
+        for layer in result.layers:
+            _add_sent(
+                table, layer.layer, result, layer.sent[ROW_MAJOR], layer[UNSORTED], layer[order]
+            )
+            table.add_section()
+        total = result.total(order)
+        _add_sent(table, "total", result, result.total(ROW_MAJOR), result.total(UNSORTED), total)
+        console.print(table)
+        unit = result.unit_energy_pj(total)
+        if not total.needs_unit:
+            console.print("the order is known at compile time: it needs no sorting unit")
+        else:
+            console.print(
+                f"the sorting unit orders {total.words_sorted:,} words"
+                + ("" if unit is None else f", which takes {units.energy(unit)}")
+            )
+    for entry in result.layers:
+        if entry.reason:
+            console.print(f"{escape(entry.layer)}: {escape(entry.reason)}")
+    for name, reason in result.skipped.items():
+        console.print(f"not counted: {escape(name)}: {escape(reason)}")
+
+
+def _add_sent(
+    table: Table, name: str, result: Transitions, row_major: Sent, unsorted: Sent, ordered: Sent
+) -> None:
+    """One row for each part of the traffic, and one for all where there are several."""
+    energy = result.link.energy_pj_per_transition.value
+    rows = [
+        (
+            part,
+            sent.flits,
+            *(
+                entry.parts[part].total if part in entry.parts else 0
+                for entry in (row_major, unsorted)
+            ),
+            sent.total,
+        )
+        for part, sent in ordered.parts.items()
+    ]
+    flits = sum(sent.flits for sent in ordered.parts.values())
+    rows.append(("all", flits, row_major.transitions, unsorted.transitions, ordered.transitions))
+    for part, count, first, second, last in rows:
+        table.add_row(
+            escape(name) if part == "inputs" else "",
+            part,
+            f"{count:,}",
+            f"{first:,}",
+            f"{second:,}",
+            f"{last:,}",
+            units.percent(first - last, first),
+            units.percent(second - last, second),
+            units.energy(last * energy),
+        )
+
+
 def _measured(value: float, unit: str) -> str:
     return f"{100 * value:.2f} %" if unit == "fraction" else f"{value:.6g} {unit}".rstrip()
 
@@ -395,6 +466,20 @@ def print_targets(found: Installed) -> None:
         console.print(escape(f"[{number}] {text}"))
 
 
+def _link(link: Link | None) -> str:
+    """What a link does that is no number."""
+    if link is None:
+        return "none"
+    shared = "inputs and weights share flits"
+    if link.flit == "separate":
+        shared = "flits of inputs, flits of weights"
+        shared += ", what was just sent is kept" if link.reuse else ""
+    loops = ", ".join(link.loops)
+    return (
+        f"{shared}; {link.packing}; windows by {loops}; order {link.order} (as in: {link.source})"
+    )
+
+
 def print_target(accelerator: Accelerator) -> None:
     """Print the description of an accelerator: every number, its unit and where it comes from."""
     console = new_console()
@@ -406,6 +491,7 @@ def print_target(accelerator: Accelerator) -> None:
     console.print(escape(f"TVM target: {tag.kind}, keys {', '.join(tag.keys)}"))
     model = accelerator.cost_model
     console.print(escape(f"cost model: {'none' if model is None else model.model}"))
+    console.print(escape(f"link: {_link(accelerator.link)}"))
     table = new_table("numbers", ["field", "unit", "basis", "source"], ["value"])
     for entry in numbers(accelerator):
         basis = accelerator.sources[entry.source].basis

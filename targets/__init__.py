@@ -1,6 +1,6 @@
 """Accelerators: descriptions, cost models and code generation.
 
-``get("bitfusion/eyeriss")`` finds one, ``available()`` lists all.
+``get("bitfusion/eyeriss")`` finds one, ``available()`` lists all; ``get_link`` finds a link.
 """
 
 from __future__ import annotations
@@ -9,8 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitwright.targets.accelerators import Accelerator
-from bitwright.targets.catalogue import Installed, available, get, installed, is_file
+from bitwright.targets.catalogue import (
+    Installed,
+    available,
+    available_links,
+    get,
+    get_link,
+    installed,
+    is_file,
+)
 from bitwright.targets.cost_model import CostModel
+from bitwright.targets.link import Link
 from bitwright.targets.schema import Clock, Count, Number, Positive
 
 if TYPE_CHECKING:
@@ -22,11 +31,14 @@ __all__ = [
     "CostModel",
     "Count",
     "Installed",
+    "Link",
     "Number",
     "Positive",
     "available",
+    "available_links",
     "cost_table",
     "get",
+    "get_link",
     "installed",
     "is_file",
     "mohaq",

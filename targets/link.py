@@ -20,9 +20,9 @@ from pydantic import Field, field_validator, model_validator
 
 from bitwright.errors import UsageError
 from bitwright.targets.orders import Order, counting_sort
-from bitwright.targets.schema import Clock, Count, Data, Number, Positive
+from bitwright.targets.schema import Clock, Count, Data, Number, Positive, Source
 
-__all__ = ["Link", "Traffic", "flits", "transitions"]
+__all__ = ["Link", "LinkDescription", "Traffic", "flits", "transitions"]
 
 Words = npt.NDArray[np.uint16]
 IntArray = npt.NDArray[np.int64]
@@ -66,12 +66,12 @@ class Link(Data):
     """
 
     flit: Literal["paired", "separate"]
-    word_bits: Number[Annotated[int, Field(ge=1, le=16, strict=True)]]
+    word_bits: Number[Annotated[int, Field(gt=0, le=16, strict=True)]]
     lanes: Number[Count]
     packing: Literal["row-major", "column-major"]
     loops: tuple[Loop, Loop, Loop]
     reuse: Annotated[bool, Field(strict=True)] = False
-    window: Number[Annotated[int, Field(ge=2, le=256, strict=True)]]
+    window: Number[Annotated[int, Field(gt=1, le=256, strict=True)]]
     order: str = "popcount"
     source: str = Field(min_length=1)
     energy_pj_per_transition: Number[Positive]
@@ -98,6 +98,18 @@ class Link(Data):
     def _paired_flits_carry_both(self) -> Link:
         if self.reuse and self.flit == "paired":
             raise ValueError("reuse: flits of both operands are always sent whole")
+        return self
+
+    @model_validator(mode="after")
+    def _the_order_fits(self) -> Link:
+        order = Order.parse(self.order)
+        bits = self.word_bits.value
+        try:
+            self.check(order)
+            if order.is_sorted:
+                order.bucket_map(bits, np.ones(1 << bits))  # of some words or other
+        except UsageError as error:
+            raise ValueError(f"order {self.order}: {error.what}; {error.fix}") from error
         return self
 
     @property
@@ -150,6 +162,26 @@ class Link(Data):
                 fix="describe a link with wider words (word_bits)",
             )
         return (codes.astype(np.int64) & ((1 << bits) - 1)).astype(np.uint16)
+
+
+class LinkDescription(Data):
+    """A link that belongs to no accelerator: a file of its own.
+
+    Attributes
+    ----------
+    name, summary
+        What it is.
+    sources
+        Where its numbers come from, by the keys that the numbers name.
+    link
+        The link.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(min_length=1)
+    summary: str = Field(min_length=1)
+    sources: dict[str, Source] = Field(min_length=1)
+    link: Link
 
 
 @dataclass(frozen=True)

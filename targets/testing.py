@@ -58,6 +58,7 @@ def check_accelerator(
     - *Additive*: a model costs the sum of its layers.
     - *Precisions honoured*: each allowed precision has a cost that says so, each other is refused;
       so are kinds of layers that the model does not know.
+    - *Link*, where there is one: its words hold the codes of a precision at least.
 
     Parameters
     ----------
@@ -77,6 +78,7 @@ def check_accelerator(
     for name in found.cost_model.monotone:
         assert hasattr(LayerCost, name), f"monotone names {name!r}, which no cost has"
     _check_names(found)
+    _check_link(found)
     known = [
         layer
         for layer in layers
@@ -118,6 +120,18 @@ def _check_names(accelerator: Accelerator) -> None:
         assert entry.unit or "[" in entry.field or isinstance(entry.value, int), (
             f"{entry.field} is {entry.value}: its name says no unit, such as _mhz or _pj_per_bit"
         )
+
+
+def _check_link(accelerator: Accelerator) -> None:
+    link = accelerator.link
+    if link is None:
+        return
+    bits = link.word_bits.value
+    narrowest = min(
+        max(precision.weight_bits, precision.activation_bits)
+        for precision in accelerator.allowed_precisions
+    )
+    assert narrowest <= bits, f"link: words of {bits} bits, and no precision has so few"
 
 
 def _check_refused(accelerator: Accelerator, layer: Layer) -> None:

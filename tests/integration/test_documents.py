@@ -39,7 +39,7 @@ RUN = [
 SAVED = {
     "docs/write-a-metric.md": {"python": ["my_metrics.py"]},
     "docs/write-a-target.md": {
-        "yaml": ["my_chip.yaml", "my_serial_chip.yaml"],
+        "yaml": ["my_chip.yaml", "my_serial_chip.yaml", "my_link.yaml"],
         "python": ["my_costs.py"],
     },
 }
@@ -131,18 +131,18 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (ROOT / document).parent.joinpath(target).exists(), (document, target)
 
 
-@pytest.mark.parametrize("name", sorted(targets.available()))
+@pytest.mark.parametrize("name", sorted([*targets.available(), *targets.available_links()]))
 def test_the_tables_of_targets_are_their_descriptions(name: str) -> None:
     text = (ROOT / "docs" / "targets.md").read_text(encoding="utf-8")
     section = text.partition(f"### {name}\n")[2].partition("\n#")[0]
-    accelerator = targets.get(name)
+    found = {**targets.available(), **targets.available_links()}[name]
     rows = ["| number | value | unit | basis | source |", "|---|---|---|---|---|"]
-    for entry in entries(accelerator):
+    for entry in entries(found):
         value = plain(entry.value)
-        basis = accelerator.sources[entry.source].basis
+        basis = found.sources[entry.source].basis
         cells = (f"`{entry.field}`", value, entry.unit or "-", basis, entry.source)
         rows.append(f"| {' | '.join(cells)} |")
-    sources = [f"*{k}* ({s.basis}): {s.text}." for k, s in accelerator.sources.items()]
+    sources = [f"*{k}* ({s.basis}): {s.text}." for k, s in found.sources.items()]
     assert section.strip() == "\n".join([*rows, "", *sources]), "paste what is expected"
 
 

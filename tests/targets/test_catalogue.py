@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from bitwright import Precision, targets
 from bitwright.errors import PlanError, UsageError
 from bitwright.targets import catalogue
+from bitwright.targets.orders import Order
 from tests.targets.descriptions import write
 
 # A description with a cost model, and the begin of one.
@@ -145,6 +147,86 @@ def test_a_near_miss_is_guessed() -> None:
     with pytest.raises(UsageError) as raised:
         targets.get("bitfusion/eyeris")
     assert str(raised.value.fix).startswith("did you mean bitfusion/eyeriss?")
+
+
+# -- links ---------------------------------------------------------------------------------------
+
+
+def test_the_preset_is_the_simulator_of_the_papers() -> None:
+    # arXiv 2509.00500 and its simulator, fixed-8: a flit of 128 bits is half inputs, half weights;
+    # windows of 25 + 25; descending by the number of ones of the weights, exact; column-major.
+    link = targets.get_link("ordering-simulator")
+    assert (link.flit, link.packing, link.flit_bits) == ("paired", "column-major", 128)
+    assert (link.word_bits.value, link.lanes.value, link.window.value) == (8, 8, 25)
+    assert Order.parse(link.order) == Order("popcount", on="weights", direction="descending")
+    assert link.energy_pj_per_transition.value == 0.173
+    assert link.frequency_mhz.value == 125
+
+
+def test_every_accelerator_describes_a_link_and_no_unit() -> None:
+    for name, accelerator in targets.available().items():
+        assert accelerator.link is not None
+        assert targets.get_link(name) == accelerator.link
+        assert accelerator.link.energy_pj_per_word is None  # nobody has published it
+
+
+def test_inputs_shared_along_rows_have_no_order_for_each_channel() -> None:
+    # arXiv 1712.01507: inputs are shared along the rows of the array.
+    link = targets.get_link("bitfusion/eyeriss")
+    with pytest.raises(UsageError, match="the inputs are sent once for every channel"):
+        link.check(Order("popcount", on="weights"))
+    link.check(Order("popcount", on="separated"))
+
+
+def test_a_link_of_the_user(tmp_path: Path) -> None:
+    preset = targets.available_links()["ordering-simulator"]
+    document = preset.model_dump(mode="json", exclude_none=True)
+    path = tmp_path / "link.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert targets.get_link(path) == preset.link
+    of_target = write(
+        tmp_path / "mine.yaml", link={**document["link"]}, sources=document["sources"]
+    )
+    with pytest.raises(UsageError, match="there is no source 'test'"):  # that of its precisions
+        targets.get_link(of_target)
+    write(
+        tmp_path / "mine.yaml",
+        link=document["link"],
+        sources={**document["sources"], "test": {"text": "made up", "basis": "example"}},
+    )
+    assert targets.get_link(str(of_target)) == preset.link
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schema_version": 2}, "schema_version': is 2"),
+        ({"name": ""}, "field 'name'"),
+        ({"sources": {}}, "field 'sources'"),
+        ({"sources": {"other": {"text": "x", "basis": "example"}}}, "there is no source"),
+        ({"link": None}, "field 'link'"),
+        ({"flit": "paired"}, "field 'flit': there is no such field"),
+    ],
+)
+def test_bad_link_files(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    preset = targets.available_links()["ordering-simulator"]
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump({**preset.model_dump(mode="json", exclude_none=True), **change}))
+    with pytest.raises(UsageError, match=message) as raised:
+        targets.get_link(path)
+    assert str(raised.value.where).startswith(f"{path}:")
+
+
+def test_links_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no link 'ordering'") as raised:
+        targets.get_link("ordering")
+    assert "ordering-simulator" in str(raised.value.fix)
+    assert "silago/drra" in str(raised.value.fix)
+    with pytest.raises(UsageError, match="there is no such file"):
+        targets.get_link(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="mine/one describes no link") as raised:
+        targets.get_link(write(tmp_path / "mine.yaml"))
+    assert "ordering-simulator" in str(raised.value.fix)
 
 
 def entry_points_giving(*values: str) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
     negative = dict.fromkeys(number, -1) if isinstance(number, dict) else -1
     error = refused(changed(tmp_path, name, {f"{field}.value": negative}))
     assert f"field '{field}.value" in error.what
-    assert "greater than 0, not -1" in error.what
+    least = 1 if field == "link.window" else 0  # a single term has no order
+    assert f"greater than {least}, not -1" in error.what
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_a_negative_number(tmp_path: Path, name: str, field: str) -> None:
         (
             {"cost.frequency_mhz.source": "hearsay"},
             "field 'cost.frequency_mhz.source': there is no source 'hearsay'",
-            "name one of paper, simulator, or add it to 'sources'",
+            "name one of paper, simulator, link, transition, or add it to 'sources'",
             "source: hearsay",
         ),
         (
@@ -246,6 +248,96 @@ def test_what_is_wrong_where_and_the_way_out(
     error = refused(path)
     assert error.what == what
     assert fix is None or error.fix == fix
+    assert error.fix
+    assert line_of(path, error) == line
+
+
+LINK = {
+    "flit": "paired",
+    "word_bits": {"value": 8, "source": "paper"},
+    "lanes": {"value": 8, "source": "paper"},
+    "packing": "column-major",
+    "loops": ["channel", "position", "chunk"],
+    "window": {"value": 25, "source": "paper"},
+    "order": "popcount=buckets:4",
+    "source": "paper",
+    "energy_pj_per_transition": {"value": 0.173, "source": "paper"},
+    "frequency_mhz": {"value": 125, "source": "paper"},
+}
+
+
+@pytest.mark.parametrize(
+    "changes, what, line",
+    [
+        ({"flit": "shared"}, "field 'link.flit': Input should be 'paired'", "flit: shared"),
+        ({"flit": DROPPED}, "field 'link.flit': is missing", "link:"),
+        (
+            {"word_bits.value": 17},
+            "field 'link.word_bits.value': Input should be less",
+            "value: 17",
+        ),
+        ({"word_bits": 8}, "field 'link.word_bits': has no source", "word_bits: 8"),
+        ({"lanes.value": 0}, "field 'link.lanes.value': Input should be greater", "value: 0"),
+        ({"lanes.value": 2.5}, "field 'link.lanes.value': Input should be a valid", "value: 2.5"),
+        ({"packing": "diagonal"}, "field 'link.packing': Input should be", "packing: diagonal"),
+        (
+            {"loops": ["channel", "channel", "chunk"]},
+            "field 'link.loops': a loop stands twice",
+            "loops:",
+        ),
+        ({"loops": ["channel", "position"]}, "field 'link.loops.2': is missing", "loops:"),
+        ({"reuse": "yes"}, "field 'link.reuse': Input should be a valid boolean", "reuse: 'yes'"),
+        ({"reuse": True}, "field 'link': reuse: flits of both operands", "link:"),
+        ({"window.value": 1}, "field 'link.window.value': Input should be greater", "value: 1"),
+        ({"window.value": 257}, "field 'link.window.value': Input should be less", "value: 257"),
+        ({"order": "bubble"}, "field 'link.order': there is no key 'bubble'", "order: bubble"),
+        ({"order": "popcount=buckets:1"}, "by 1 buckets does nothing", "order: popcount=buckets:1"),
+        (
+            {"order": "popcount=map:0.1.1"},  # of 2-bit words
+            "field 'link': order popcount=map:0.1.1: the bucket map of popcount has 3 entries, "
+            "and 8-bit words have the keys 0 to 8",
+            "link:",
+        ),
+        ({"order": "popcount=map:0.0.0.1.1.2.2.1.3"}, "falls, from 2 at key 6 to 1", "link:"),
+        ({"order": "popcount=map:0.0.0.1.1.3.3.3.3"}, "leaves a bucket out", "link:"),
+        ({"order": "popcount=buckets:10"}, "more than the 9 keys of 8-bit words", "link:"),
+        (
+            {"flit": "separate", "reuse": True, "loops": ["position", "chunk", "channel"]},
+            "the inputs are sent once for every channel",
+            "link:",
+        ),
+        ({"source": "hearsay"}, "field 'link.source': there is no source", "source: hearsay"),
+        (
+            {"lanes.source": "hearsay"},
+            "field 'link.lanes.source': there is no source",
+            "source: hearsay",
+        ),
+        (
+            {"energy_pj_per_transition.value": "0.173 pJ"},
+            "field 'link.energy_pj_per_transition.value': '0.173 pJ' is no number",
+            "value: 0.173 pJ",
+        ),
+        (
+            {"energy_pj_per_bit": {"value": 0.173, "source": "paper"}},
+            "field 'link.energy_pj_per_bit': there is no such field",
+            "energy_pj_per_bit:",
+        ),
+        (
+            {"frequency_mhz.value": 125_000_000},
+            "field 'link.frequency_mhz.value': Input should be less than or equal to 100000",
+            "value: 125000000",
+        ),
+    ],
+)
+def test_links_that_are_wrong(
+    tmp_path: Path, changes: dict[str, Any], what: str, line: str
+) -> None:
+    link = {"link": copy.deepcopy(LINK)}
+    assert targets.get(changed(tmp_path, "bitfusion/eyeriss", link)).link is not None
+    inside = {f"link.{field}": value for field, value in changes.items()}
+    path = changed(tmp_path, "bitfusion/eyeriss", {**link, **inside})
+    error = refused(path)
+    assert what in error.what
     assert error.fix
     assert line_of(path, error) == line
 

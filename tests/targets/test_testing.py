@@ -106,3 +106,9 @@ def test_an_accelerator_without_a_cost_model(tmp_path: Path) -> None:
     path = changed(tmp_path, "silago/drra", {"cost": None})
     with pytest.raises(AssertionError, match="silago/drra has no cost model"):
         check_accelerator(path)
+
+
+def test_a_link_whose_words_hold_no_codes(tmp_path: Path) -> None:
+    path = changed(tmp_path, "silago/drra", {"link.word_bits.value": 2})
+    with pytest.raises(AssertionError, match="words of 2 bits, and no precision has so few"):
+        check_accelerator(path)

@@ -1,0 +1,1 @@
+"""Descriptions of links that belong to no accelerator."""
