@@ -22,11 +22,12 @@ its order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,9 @@ from bitwright.passes.expressions import (
     rewriting,
     static_shape,
 )
-from bitwright.targets.codegen import IntegerLayer, read_layer
+from bitwright.passes.lower_to_integer import CHANNELWISE
+from bitwright.targets import get_link
+from bitwright.targets.codegen import read_layer
 from bitwright.targets.kernels.spec import Convolution, Matmul
 from bitwright.targets.link import Link, Words
 from bitwright.targets.weight_stream import Axis, Neighbours, WeightStream, arranged
@@ -54,7 +57,11 @@ __all__ = ["PERMUTED", "PermuteChannels"]
 #: Attribute of the module: transitions of the weights of each layer and sample, before and after.
 PERMUTED = "bitwright.permuted_channels"
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+# Words times pairs of channels up to which orders are compared by their exact counts.
+_EXACT_WORK: Final = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,38 @@ class _Channels:
     inner: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Layer:
-    """A layer with constant weights; several functions where its sums are used in several ways."""
+    """A layer with constant weights; several functions where its sums are used in several ways.
+
+    Attributes
+    ----------
+    title, functions
+        The ONNX node, and the variables of its functions.
+    data
+        The variable of its input.
+    weights, positions
+        Weights, shape (output channels, terms), and how often they are used for a sample.
+    outputs, inputs
+        Group of its output channels, and where they are among all of them; of its input channels,
+        and where they are among the terms.
+    result
+        The channels of what it returns.
+    """
 
     title: str
     functions: list[Any]
-    weights: Array  # [output channels, terms]
+    data: Any
+    weights: Array
     positions: int
-    taps: int  # terms that belong to an entry of the input's channel axis
-    inputs: tuple[int, Axis] | None = None  # group, and the channels among the terms
-    outputs: tuple[int, Axis] | None = None
+    outputs: tuple[int, Axis]
+    inputs: tuple[int, Axis] | None
+    result: _Channels
+
+    @property
+    def ends(self) -> list[tuple[int, Axis]]:
+        """Outputs and inputs; those of a depthwise convolution are one."""
+        return [self.outputs] if self.inputs is None else [self.outputs, self.inputs]
 
 
 class _Groups:
@@ -174,12 +202,15 @@ class _Analysis:
             table = constant(call.args[0])
             found = self._channels.get(call.args[1])
             return found if table is not None and table.ndim == 1 else None
+        if name == "call_tir":
+            function, fields = self._mod[call.args[0]], call.args[1].fields
+            found = self._channels.get(fields[0])
+            apart = CHANNELWISE in (function.attrs or {}) and len(fields) == 1
+            return found if apart and found is not None and found.axis == 1 else None
         found = self._channels.get(call.args[0]) if call.args else None
         shape = static_shape(call)
         before = static_shape(call.args[0]) if found is not None else None
         if found is None or shape is None or before is None:
-            return None
-        if name == "call_tir":
             return None
         if name == "nn.pad":
             widths = [int(width) for width in call.attrs.pad_width]
@@ -230,39 +261,31 @@ class _Analysis:
 
     def _elementwise(self, call: Any, name: str) -> _Channels | None:
         shape = static_shape(call)
-        found: _Channels | None = None
-        if shape is None:
-            return None
         operands = [entry for entry in call.args if isinstance(entry.ty, relax.TensorType)]
-        for entry in operands:
-            channels = self._channels.get(entry)
-            if channels is None:
-                continue
-            if entry.ty.ndim != len(shape) or static_shape(entry)[channels.axis] is None:
-                return None
-            if found is None:
-                found = channels
-            elif (channels.axis, channels.inner) != (found.axis, found.inner):
-                return None
-        if found is None:
+        channels = [self._channels[entry] for entry in operands if entry in self._channels]
+        if shape is None or not channels:
             return None
+        first, size = channels[0], self.groups.sizes[channels[0].group]
         for entry in operands:
             sizes = static_shape(entry)
-            place = None if sizes is None else found.axis - len(shape) + len(sizes)
-            same = sizes is not None and place >= 0 and sizes[place] == shape[found.axis]
-            if entry in self._channels:
-                if not same:
-                    return None
-            # The vectors of quantizers have an axis of their own.
-            elif name in ("quantize", "dequantize"):
-                if constant(entry) is None or constant(entry).size != 1:
-                    return None
-            elif sizes is None or (place >= 0 and sizes[place] != 1):
+            if sizes is None:
                 return None
-        for entry in operands:
-            if entry in self._channels:
-                self.groups.join(found.group, self._channels[entry].group)
-        return found
+            place = first.axis - len(shape) + len(sizes)  # shapes are aligned at their ends
+            along = sizes[place] if place >= 0 else 1
+            other = self._channels.get(entry)
+            if other is not None:
+                same = len(sizes) == len(shape) and along == shape[first.axis]
+                alike = (other.axis, other.inner) == (first.axis, first.inner)
+                if not same or not alike or self.groups.sizes[other.group] != size:
+                    return None
+            elif name in ("quantize", "dequantize"):  # their vectors have an axis of their own
+                if math.prod(n or 0 for n in sizes) != 1:
+                    return None
+            elif along != 1:
+                return None
+        for entry in channels[1:]:
+            self.groups.join(first.group, entry.group)
+        return first
 
     # -- layers ------------------------------------------------------------------------------------
 
@@ -271,60 +294,233 @@ class _Analysis:
         stored = None if read is None else constant(read.weights)
         if read is None or stored is None or call.op not in self._once:
             return None
-        spec, data = read.spec, self._channels.get(call.args[0])
+        spec = read.spec
+        depthwise = False
         if isinstance(spec, Convolution):
-            weights, taps = stored.reshape(len(stored), -1), math.prod(spec.kernel)
-            positions, axis = math.prod(spec.output_size), 1
-            depthwise = spec.groups > 1 and spec.groups == spec.in_channels
+            taps, axis, positions = math.prod(spec.kernel), 1, math.prod(spec.output_size)
+            depthwise = 1 < spec.groups == spec.in_channels
             if spec.groups > 1 and not depthwise:
                 return None
-        elif isinstance(spec, Matmul):
-            weights, taps, depthwise = stored.T, 1, False
-            axis = len(spec.leading)
-            if None in spec.leading[1:]:
-                return None  # how often weights are sent is not known
+        elif isinstance(spec, Matmul) and None not in spec.leading[1:]:
+            taps, axis = 1, len(spec.leading)
             positions = math.prod(size for size in spec.leading[1:] if size is not None)
         else:
+            return None  # how often weights are sent is not known
+        weights = _rows(stored, convolution=isinstance(spec, Convolution))
+        data = self._channels.get(call.args[0])
+        if (data is None and depthwise) or (data is not None and data.axis != axis):
             return None
-        if data is not None and data.axis != axis:
-            return None
-        layer = self._known(str(function.attrs["layer"]), call.op, weights, positions, taps)
-        outputs = len(weights)
-        if depthwise:
-            if data is None:
-                return None
-            inner = data.inner * (outputs // spec.in_channels)
-            return self._ends(layer, data.group, axis, inner)
-        if data is not None:
-            size = self.groups.sizes[data.group]
-            entries = weights.shape[1] // taps
-            among = Axis(size, entries // (size * data.inner), data.inner * taps)
-            if layer.inputs is not None:
-                if layer.inputs[1] != among:
-                    return None
-                self.groups.join(layer.inputs[0], data.group)
-            layer.inputs = data.group, among
-        return self._ends(layer, None, axis, 1)
-
-    def _known(
-        self, title: str, variable: Any, weights: Array, positions: int, taps: int
-    ) -> _Layer:
+        title = str(function.attrs["layer"])
         for layer in self.layers:
-            if layer.title == title and np.array_equal(layer.weights, weights):
-                layer.functions.append(variable)
-                return layer
-        self.layers.append(_Layer(title, [variable], weights, positions, taps))
-        return self.layers[-1]
+            if layer.title == title and layer.data.same_as(call.args[0]):
+                if not np.array_equal(layer.weights, weights):
+                    return None
+                layer.functions.append(call.op)
+                return layer.result
+        count, outputs = weights.shape[1] // taps, len(weights)
+        inputs = None
+        if depthwise:
+            result = _Channels(data.group, axis, data.inner * (outputs // spec.in_channels))
+        else:
+            result = _Channels(self.groups.new(outputs), axis, 1)
+            if data is not None:
+                inputs = data.group, self._axis(data, count, taps)
+        self.layers.append(
+            _Layer(
+                title,
+                [call.op],
+                call.args[0],
+                weights,
+                positions,
+                (result.group, self._axis(result, outputs)),
+                inputs,
+                result,
+            )
+        )
+        return result
 
-    def _ends(self, layer: _Layer, group: int | None, axis: int, inner: int) -> _Channels:
-        """The channels of a layer's result: of its input's group, or of one of its own."""
-        size = len(layer.weights)
-        if layer.outputs is not None and group is None:
-            group = layer.outputs[0]
-        elif layer.outputs is not None and group is not None:
-            self.groups.join(layer.outputs[0], group)
-        elif group is None:
-            group = self.groups.new(size)
-        channels = self.groups.sizes[group]
-        layer.outputs = group, Axis(channels, size // (channels * inner), inner)
-        return _Channels(group, axis, inner)
+    def _axis(self, channels: _Channels, entries: int, taps: int = 1) -> Axis:
+        size = self.groups.sizes[channels.group]
+        return Axis(size, entries // (size * channels.inner), channels.inner * taps)
+
+
+class _Search:
+    """Orders of the channels of all groups, one group after the other."""
+
+    def __init__(self, analysis: _Analysis, link: Link) -> None:
+        self._groups = analysis.groups
+        self._orders: dict[int, IntArray] = {}
+        free = self._groups.free()
+        self._layers = [
+            layer
+            for layer in analysis.layers
+            if any(self._groups.find(group) in free for group, _ in layer.ends)
+        ]
+        self._words = [_words(layer, link) for layer in self._layers]
+        self._streams = [
+            WeightStream(*layer.weights.shape, layer.positions, link) for layer in self._layers
+        ]
+        before = self._counts()
+        for group in free:
+            self._arrange(group)
+        titles = [layer.title for layer in self._layers]
+        #: Layer to transitions of its weights for one sample, before and after.
+        self.transitions = dict(zip(titles, zip(before, self._counts(), strict=True), strict=True))
+
+    def _counts(self) -> list[int]:
+        return [
+            stream.count(words) for stream, words in zip(self._streams, self._words, strict=True)
+        ]
+
+    def entries(self, layer: _Layer) -> list[IntArray | None]:
+        """Which output channel and which term stands at each place; None where nothing moved."""
+        return [
+            axis.entries(self._orders[self._groups.find(group)])
+            if self._groups.find(group) in self._orders
+            else None
+            for group, axis in layer.ends
+        ]
+
+    def _arrange(self, group: int) -> None:
+        """Give a group an order in which the weights of its layers toggle less, if there is one."""
+        ends = [
+            (number, along, axis)
+            for number, layer in enumerate(self._layers)
+            for along, (found, axis) in enumerate(layer.ends)
+            if self._groups.find(found) == group
+        ]
+        members = dict.fromkeys(number for number, _, _ in ends)
+
+        def reordered(order: IntArray) -> dict[int, Words]:
+            found = {number: self._words[number] for number in members}
+            for number, along, axis in ends:
+                found[number] = found[number].take(axis.entries(order), along)
+            return found
+
+        def total(order: IntArray) -> int:
+            return sum(
+                self._streams[number].count(words) for number, words in reordered(order).items()
+            )
+
+        neighbours: list[Neighbours] = []
+        for number, along, axis in ends:
+            stream = self._streams[number]
+            between = stream.between_inputs if along else stream.between_outputs
+            neighbours += between(self._words[number], axis)
+        size = self._groups.sizes[group]
+        best = np.arange(size)
+        order = arranged(neighbours, size) if neighbours else best
+        if total(order) < total(best):
+            best = order
+        if size * size * sum(self._words[number].size for number in members) <= _EXACT_WORK:
+            best = _exchanged(total, best)
+        if not np.array_equal(best, np.arange(size)):
+            self._orders[group] = best
+            for number, words in reordered(best).items():
+                self._words[number] = words
+
+
+def _words(layer: _Layer, link: Link) -> Words:
+    try:
+        return link.words(layer.weights)
+    except UsageError as error:
+        raise UsageError(f"weights of {layer.title}: {error.what}", fix=error.fix) from error
+
+
+def _exchanged(total: Callable[[IntArray], int], order: IntArray) -> IntArray:
+    """Exchange pairs of channels as long as that lowers the exact count."""
+    least, improved = total(order), True
+    while improved:
+        improved = False
+        for one, other in itertools.combinations(range(len(order)), 2):
+            changed = order.copy()
+            changed[[one, other]] = order[[other, one]]
+            found = total(changed)
+            if found < least:
+                order, least, improved = changed, found, True
+    return order
+
+
+def _rewritten(function: Any, entries: Sequence[IntArray | None]) -> Any:
+    """The function of a layer with its constants in another order."""
+    read = read_layer(function)
+    assert read is not None
+    weights = constant(read.weights)
+    assert weights is not None
+    convolution = isinstance(read.spec, Convolution)
+    rows = _rows(weights, convolution=convolution)
+    for along, places in enumerate(entries):
+        if places is not None:
+            rows = rows.take(places, along)
+    replaced = {read.weights: rows.reshape(weights.shape) if convolution else rows.T}
+    if entries[0] is not None:
+        for expr in (read.bias, read.shift, read.factors):
+            vector = None if expr is None else constant(expr)
+            if vector is not None and vector.size > 1:
+                along = vector.shape.index(vector.size)
+                replaced[expr] = vector.take(entries[0], along)
+    constants = {
+        old: relax.const(np.array(new, order="C"), new.dtype.name) for old, new in replaced.items()
+    }
+
+    def replace(_rewriter: CallRewriter, call: Any, _var: Any) -> Any:
+        arguments = [constants.get(argument, argument) for argument in call.args]
+        return relax.Call(call.op, arguments, call.attrs, call.ty_args, call.span)
+
+    return CallRewriter(None, replace).visit_expr(function)
+
+
+def _rows(weights: Array, *, convolution: bool) -> Array:
+    """Weights as the link's windows have them, shape (output channels, terms)."""
+    return weights.reshape(len(weights), -1) if convolution else weights.T
+
+
+@tvm.transform.module_pass(opt_level=0, name="PermuteChannels")
+class PermuteChannels:
+    """Permute channels between layers so that the stream of weights toggles less; see the module's
+    docstring.
+
+    Requires: integer layers with constant weights (PartitionForTarget, LowerToInteger; before
+    PackWeights). Ensures: the function computes the same values; the weights of all layers together
+    cause fewer transitions on the link than before, or the module is as it was. The module's
+    attribute ``bitwright.permuted_channels`` says how many in each layer, before and after, and
+    the pass does nothing where it stands.
+
+    Parameters
+    ----------
+    link
+        Name of a link or of an accelerator that describes one, or a file that describes one; or a
+        :class:`bitwright.targets.link.Link`. Empty: the link of the target.
+    target
+        Name of the accelerator, or a file that describes one (``compile`` sets it from
+        ``--target``).
+
+    Raises
+    ------
+    UsageError
+        If there is no such link, or weights are wider than its words.
+    """
+
+    def __init__(self, link: str | Link = "", target: str = "") -> None:
+        if not link and not target:
+            raise UsageError(
+                "channels are permuted for a link, and none is named",
+                fix="name it: link:ordering-simulator, or a target that describes one",
+            )
+        self.link = link if isinstance(link, Link) else get_link(link or target)
+
+    def transform_module(self, mod: Any, _context: Any) -> Any:
+        """Rewrite the layers that ``main`` calls."""
+        if PERMUTED in (mod.attrs or {}):
+            return mod
+        return rewriting(self._rewrite)(mod)
+
+    def _rewrite(self, mod: Any) -> Any:
+        analysis = _Analysis(mod)
+        search = _Search(analysis, self.link)
+        for layer in analysis.layers:
+            entries = search.entries(layer)
+            if any(places is not None for places in entries):
+                for variable in layer.functions:
+                    mod[variable] = _rewritten(mod[variable], entries)
+        return mod.with_attr(PERMUTED, search.transitions)
