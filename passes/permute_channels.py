@@ -61,7 +61,7 @@ Array: TypeAlias = npt.NDArray[Any]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
 # Words times pairs of channels up to which orders are compared by their exact counts.
-_EXACT_WORK: Final = 1 << 25
+_EXACT_WORK: Final = 1 << 24
 
 
 @dataclass(frozen=True)

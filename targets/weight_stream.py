@@ -23,10 +23,9 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 # Words compared for a matrix of distances; of more, some are taken at even steps.
-_MOST_COMPARISONS: Final = 1 << 31
+_MOST_COMPARISONS: Final = 1 << 28
 # Offsets of less than this share of all are left out.
 _LEAST_SHARE: Final = 0.05
-_SWEEPS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +55,51 @@ class Axis:
         outside, channels = np.divmod(entries // self.inner, self.channels)
         return channels, outside * self.inner + entries % self.inner
 
+    def of(self, tap: int) -> IntArray:
+        """The entry of this number of every channel."""
+        outside, inside = divmod(tap, self.inner)
+        channels = np.arange(self.channels)
+        return np.asarray((outside * self.channels + channels) * self.inner + inside, np.int64)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Neighbours:
-    """What it costs that channels stand ``offset`` places apart.
+    """Channels that stand ``offset`` places apart, and what of them meets on the link.
 
     Attributes
     ----------
     offset
         Place of the second channel less that of the first.
-    shares
-        float32, shape (channels,): how much of ``distances`` counts where the first channel is at
-        this place; 0 where there is no second.
-    distances
-        float32, shape (channels, channels): transitions between a first and a second channel.
+    often
+        float64, shape (channels,): how many words meet where the first channel is at this place; 0
+        where there is no second.
+    meetings
+        How much of that falls on which entry of a first and which entry of a second channel.
+    words
+        Words of each entry of the axis, as the first and as the second; shape (entries, words).
+    axis
+        Which entries are a channel's.
     """
 
     offset: int
-    shares: FloatArray
-    distances: FloatArray
+    often: npt.NDArray[np.float64]
+    meetings: tuple[tuple[int, int, float], ...]
+    words: tuple[Words, Words]
+    axis: Axis
+
+    @property
+    def weight(self) -> float:
+        """Words that meet, all in all."""
+        return float(self.often.sum())
+
+    def distances(self) -> FloatArray:
+        """Transitions a word between a first and a second channel; shape (channels, channels)."""
+        channels = self.axis.channels
+        found = np.zeros((channels, channels), np.float32)
+        for one, two, share in self.meetings:
+            sides = self.words[0][self.axis.of(one)], self.words[1][self.axis.of(two)]
+            found += np.float32(share / sides[0].shape[1]) * _distances(*sides)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,38 +221,34 @@ class WeightStream:
         rows = _sample(len(words), axis)
         found = []
         for ahead, entries in pairs.items():
-            if not entries or (ahead and len(words) < 2):
+            rows = rows[rows + ahead < len(words)]
+            if not entries or not len(rows):
                 continue
             first, second, times = (np.concatenate(parts) for parts in zip(*entries, strict=True))
             real = (first < self._terms) & (second < self._terms) & (times > 0)
-            sampled = rows[rows + ahead < len(words)]
-            scale = (len(words) - ahead) / max(1, len(sampled))
             found += _neighbours(
                 axis,
-                (words[sampled].T, words[sampled + ahead].T),
-                (first[real], second[real], times[real] * scale),
-                self._link.word_bits.value,
+                (words[rows].T, words[rows + ahead].T),
+                (first[real], second[real], times[real] * (len(words) - ahead)),
             )
-        return _largest(found)
+        return found
 
     def between_outputs(self, words: Words, axis: Axis) -> list[Neighbours]:
         """What neighbours along the output channels cost."""
+        padded = np.concatenate([words, np.zeros((len(words), 1), words.dtype)], 1)
         found = []
         for step in self._steps:
             first, second = step.channels
             if first[0] == second[0]:
                 continue
             ends, starts = self._last[step.chunks[0]].ravel(), self._first[step.chunks[1]].ravel()
-            padded = np.concatenate([words, np.zeros((len(words), 1), words.dtype)], 1)
             chosen = _sample(len(ends), axis)
-            times = np.full(len(first), step.times * len(ends) / len(chosen))
             found += _neighbours(
                 axis,
                 (padded[:, ends[chosen]], padded[:, starts[chosen]]),
-                (first, second, times),
-                self._link.word_bits.value,
+                (first, second, np.full(len(first), step.times * len(ends))),
             )
-        return _largest(found)
+        return found
 
 
 def _sample(count: int, axis: Axis) -> IntArray:
@@ -236,22 +257,10 @@ def _sample(count: int, axis: Axis) -> IntArray:
     return np.arange(kept) * count // kept
 
 
-def _largest(found: list[Neighbours]) -> list[Neighbours]:
-    if not found:
-        return []
-    weights = [float(entry.shares.sum()) * float(entry.distances.mean()) for entry in found]
-    return [
-        entry
-        for entry, weight in zip(found, weights, strict=True)
-        if weight > _LEAST_SHARE * max(weights)
-    ]
-
-
 def _neighbours(
     axis: Axis,
     words: tuple[Words, Words],
-    pairs: tuple[IntArray, IntArray, npt.NDArray[np.float64]],
-    word_bits: int,
+    pairs: tuple[IntArray, IntArray, npt.NDArray[Any]],
 ) -> list[Neighbours]:
     """Group pairs of entries by the offset of their channels.
 
@@ -268,56 +277,42 @@ def _neighbours(
     (place, tap), (other, other_tap) = axis.channel(first), axis.channel(second)
     taps = axis.size // axis.channels
     offsets = other - place
-    total = times[offsets != 0].sum()
     found = []
     for offset in np.unique(offsets[offsets != 0]):
         here = offsets == offset
-        if times[here].sum() < _LEAST_SHARE * total:
-            continue
-        shares = np.bincount(place[here], times[here], axis.channels)
-        meeting, where = np.unique(tap[here] * taps + other_tap[here], return_inverse=True)
-        weights = np.bincount(where, times[here]) / times[here].sum()
-        distances = np.zeros((axis.channels, axis.channels), np.float32)
-        every = np.arange(axis.channels)
-        for code, weight in zip(meeting, weights, strict=True):
-            one, two = divmod(int(code), taps)
-            sides = words[0][_entries(axis, every, one)], words[1][_entries(axis, every, two)]
-            distances += np.float32(weight) * _distances(*sides, word_bits)
-        found.append(Neighbours(int(offset), shares.astype(np.float32), distances))
+        often = np.bincount(place[here], times[here], axis.channels)
+        codes, where = np.unique(tap[here] * taps + other_tap[here], return_inverse=True)
+        shares = np.bincount(where, times[here]) / times[here].sum()
+        meetings = tuple(
+            (*divmod(int(code), taps), float(share))
+            for code, share in zip(codes, shares, strict=True)
+        )
+        found.append(Neighbours(int(offset), often, meetings, words, axis))
     return found
 
 
-def _entries(axis: Axis, channels: IntArray, tap: int) -> IntArray:
-    outside, inside = divmod(tap, axis.inner)
-    return np.asarray((outside * axis.channels + channels) * axis.inner + inside)
-
-
-def _distances(first: Words, second: Words, word_bits: int) -> FloatArray:
+def _distances(first: Words, second: Words) -> FloatArray:
     """Hamming distances of all rows of one array to all rows of another."""
-    bits = np.arange(word_bits, dtype=np.uint16)
-    ones = [
-        ((side[..., None] >> bits) & 1).reshape(len(side), -1).astype(np.float32)
-        for side in (first, second)
-    ]
-    # Different bits: those that are set on either side, less twice those on both.
-    both = ones[0] @ ones[1].T
-    return np.asarray(ones[0].sum(1)[:, None] + ones[1].sum(1) - 2 * both, np.float32)
+    filled = -first.shape[1] % 4  # four words of 16 bits at once
+    one, other = (np.pad(side, ((0, 0), (0, filled))).view(np.uint64) for side in (first, second))
+    found = np.empty((len(one), len(other)), np.float32)
+    for row, words in zip(found, one, strict=True):
+        row[:] = np.bitwise_count(other ^ words).sum(1, np.uint32)
+    return found
 
 
 # -- a good order ----------------------------------------------------------------------------------
 
 
 def arranged(neighbours: Sequence[Neighbours], channels: int) -> IntArray:
-    """Put channels into an order in which neighbours cost little.
+    """Put channels into an order in which neighbours cost little (greedy nearest neighbour).
 
-    Place after place takes the channel that costs least next to those before it (greedy nearest
-    neighbour); then pairs of channels are exchanged as long as that helps (2-opt of the quadratic
-    assignment problem, which this is).
+    Place after place takes the channel that costs least next to those before it.
 
     Parameters
     ----------
     neighbours
-        What neighbours cost.
+        Who stands next to whom; those that hardly count are left out.
     channels
         How many channels.
 
@@ -326,82 +321,37 @@ def arranged(neighbours: Sequence[Neighbours], channels: int) -> IntArray:
     numpy.ndarray
         int64, shape (channels,): the channel at each place.
     """
-    sides = [side for entry in neighbours for side in _sides(entry, channels)]
-    order = np.full(channels, -1)
-    free = np.ones(channels, bool)
-    for place in range(channels):
-        cost = _costs(sides, order, place, channels)
-        cost[~free] = np.inf
-        order[place] = int(np.argmin(cost))
-        free[order[place]] = False
-    return _exchanged(sides, order)
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """What a channel costs next to the one ``offset`` places on (or back).
-
-    ``distances[other, channel]``; ``shares[place]`` is 0 where there is no other.
-    """
-
-    offset: int
-    shares: FloatArray
-    distances: FloatArray
-
-
-def _sides(entry: Neighbours, channels: int) -> list[_Side]:
-    behind = np.zeros(channels, np.float32)
-    places = np.flatnonzero(entry.shares)
-    behind[places + entry.offset] = entry.shares[places]
-    return [
-        _Side(entry.offset, entry.shares, np.ascontiguousarray(entry.distances.T)),
-        _Side(-entry.offset, behind, entry.distances),
+    most = max((entry.weight for entry in neighbours), default=0.0)
+    sides = [
+        side
+        for entry in neighbours
+        if entry.weight > _LEAST_SHARE * most
+        for side in _sides(entry)
     ]
-
-
-def _costs(sides: Sequence[_Side], order: IntArray, place: int, channels: int) -> FloatArray:
-    """What every channel would cost at a place next to those that are placed."""
-    cost = np.zeros(channels, np.float32)
-    for side in sides:
-        share = side.shares[place]
-        if share > 0 and order[place + side.offset] >= 0:
-            cost += share * side.distances[order[place + side.offset]]
-    return cost
-
-
-def _exchanged(sides: Sequence[_Side], order: IntArray) -> IntArray:
-    channels = len(order)
-    others = []  # for every place, the place of the other and how much it counts
-    for side in sides:
-        there = np.clip(np.arange(channels) + side.offset, 0, channels - 1)
-        others.append(there)
-    order = order.copy()
-
-    def own() -> FloatArray:
-        return sum(
-            side.shares * side.distances[order[there], order]
-            for side, there in zip(sides, others, strict=True)
-        )
-
-    current = own()
-    for _ in range(_SWEEPS):
-        changed = False
-        for place in range(channels):
-            here = _costs(sides, order, place, channels)[order]
-            channel = order[place]
-            there = np.zeros(channels, np.float32)
-            for side, other in zip(sides, others, strict=True):
-                there += side.shares * side.distances[order[other], channel]
-            gain = current + current[place] - here - there
-            gain[place] = 0
-            for side in sides:  # their distance to each other would be counted twice
-                if side.shares[place] > 0:
-                    gain[place + side.offset] = 0
-            best = int(np.argmax(gain))
-            if gain[best] > 1e-5 * current[place]:
-                order[[place, best]] = order[[best, place]]
-                current = own()
-                changed = True
-        if not changed:
-            break
+    order = np.full(channels, -1)
+    taken = np.zeros(channels, bool)
+    for place in range(channels):
+        cost = np.where(taken, np.float32(np.inf), np.float32(0))
+        for other, often, distances in sides:
+            if often[place] > 0 and order[other[place]] >= 0:
+                cost += often[place] * distances[order[other[place]]]
+        order[place] = int(np.argmin(cost))
+        taken[order[place]] = True
     return order
+
+
+def _sides(entry: Neighbours) -> list[tuple[IntArray, FloatArray, FloatArray]]:
+    """For every place the place of its neighbour and how often they meet, on and back.
+
+    The third are distances, shape (channels of the neighbour, channels here).
+    """
+    distances = entry.distances()
+    channels = len(distances)
+    every = np.arange(channels)
+    places = np.flatnonzero(entry.often)
+    on, back = np.zeros((2, channels), np.float32)
+    on[places] = back[places + entry.offset] = entry.often[places]
+    return [
+        (np.clip(every + entry.offset, 0, channels - 1), on, np.ascontiguousarray(distances.T)),
+        (np.clip(every - entry.offset, 0, channels - 1), back, distances),
+    ]
