@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from bitwright.evaluation import Comparison, Evaluation, SideBySide, compare, evaluate, run
     from bitwright.fronts import Front, front
     from bitwright.inspection import Inspection, inspect
+    from bitwright.linking import link
     from bitwright.planning import make_plan
     from bitwright.quantization import quantize
     from bitwright.reporting import Report, report
     from bitwright.searching import Search, Sensitivity, search_precisions, sensitivity
+    from bitwright.transitions import Transitions
     from bitwright.vocabulary import Layer, LayerCost, ModelCost, Precision, PrecisionPlan
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Search",
     "Sensitivity",
     "SideBySide",
+    "Transitions",
     "compare",
     "compile",
     "cost",
@@ -57,6 +60,7 @@ __all__ = [
     "evaluate",
     "front",
     "inspect",
+    "link",
     "load_artifact",
     "make_plan",
     "quantize",
@@ -85,6 +89,7 @@ _HOMES = {
     "Search": "searching",
     "Sensitivity": "searching",
     "SideBySide": "evaluation",
+    "Transitions": "transitions",
     "compare": "evaluation",
     "compile": "compilation",
     "cost": "costing",
@@ -94,6 +99,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "front": "fronts",
     "inspect": "inspection",
+    "link": "linking",
     "load_artifact": "artifact",
     "make_plan": "planning",
     "quantize": "quantization",

@@ -36,6 +36,15 @@ from bitwright.errors import (
     first_line,
 )
 from bitwright.quant.requantization import RequantizationForm
+from bitwright.targets.link import Link, Part
+from bitwright.transitions import (
+    ROW_MAJOR,
+    UNSORTED,
+    LayerTransitions,
+    PartTransitions,
+    Sent,
+    Transitions,
+)
 from bitwright.vocabulary import Dim, PrecisionPlan
 
 __all__ = [
@@ -45,14 +54,17 @@ __all__ = [
     "Host",
     "HostOperator",
     "LayerEntry",
+    "LinkEntry",
     "Manifest",
     "ModelEntry",
     "ParameterEntry",
     "PassEntry",
+    "SentLayerEntry",
     "TensorEntry",
     "check_output_folder",
     "load_artifact",
     "needed_features",
+    "parameter_entries",
     "read_manifest",
     "save_artifact",
     "sha256",
@@ -62,10 +74,11 @@ Array = npt.NDArray[Any]
 
 SCHEMA_VERSION: Final = 1
 
-MANIFEST, LIBRARY, PARAMETERS, PLAN, COST, QDQ_MODEL = (
+MANIFEST, LIBRARY, PARAMETERS, LINK_PARAMETERS, PLAN, COST, QDQ_MODEL = (
     "manifest.json",
     "model.so",
     "model.params",
+    "link.params",
     "plan.json",
     "cost.json",
     "model.qdq.onnx",
@@ -224,8 +237,57 @@ class FileEntry(_Data):
     sha256: str
 
 
+class SentLayerEntry(_Data):
+    """How the operands of a layer are sent.
+
+    Attributes
+    ----------
+    name
+        The ONNX node.
+    order
+        The order of its terms, as :meth:`~bitwright.targets.orders.Order.parse` reads it.
+    terms
+        Terms of an output.
+    sorted_by_unit
+        What a sorting unit orders while the model runs; nothing where the order is known at compile
+        time.
+    reason
+        Why it has its order; empty where it was asked for.
+    """
+
+    name: str
+    order: str
+    terms: int
+    sorted_by_unit: tuple[Literal["inputs", "weights"], ...]
+    reason: str
+
+
+class LinkEntry(_Data):
+    """The link, and what crosses it.
+
+    Attributes
+    ----------
+    link
+        Its description.
+    layers
+        The layers whose operands are sent, in the order of the results of ``main_link``.
+    skipped
+        Other layers, and why they are left out.
+    batched
+        Whether several samples can be sent in one run; each is counted on its own then.
+    parameters
+        The arrays of ``link.params``, in order.
+    """
+
+    link: Link
+    layers: tuple[SentLayerEntry, ...]
+    skipped: dict[str, str]
+    batched: bool
+    parameters: tuple[ParameterEntry, ...]
+
+
 class Manifest(_Data):
-    """What ``manifest.json`` holds."""
+    """What ``manifest.json`` holds; ``link`` is None without transfers."""
 
     schema_version: Literal[1]
     target: str
@@ -236,6 +298,7 @@ class Manifest(_Data):
     host_operators: tuple[HostOperator, ...]
     passes: tuple[PassEntry, ...]
     parameters: tuple[ParameterEntry, ...]
+    link: LinkEntry | None = None
     host: Host
     versions: dict[str, str]
     files: dict[str, FileEntry]
@@ -330,6 +393,7 @@ def save_artifact(
     manifest: Mapping[str, Any],
     export: Callable[[str], object],
     parameters: Mapping[str, Array],
+    link_parameters: Mapping[str, Array] | None = None,
     plan: PrecisionPlan,
     cost: str,
     qdq_model: bytes | None,
@@ -347,6 +411,8 @@ def save_artifact(
         Writes the library to the path it is given.
     parameters
         Name to array, in the order in which the library takes them.
+    link_parameters
+        Those that only ``main_link`` takes, behind the others; None where there is none.
     plan, cost, qdq_model
         What else is kept; ``cost`` is the text of ``cost.json``.
     overwrite
@@ -370,8 +436,10 @@ def save_artifact(
         temporary = path.absolute().parent / f".bitwright-{secrets.token_hex(8)}"
         temporary.mkdir()
         shutil.copy(library, temporary / LIBRARY)
-        tensors = {name: tvm.runtime.tensor(array) for name, array in parameters.items()}
-        (temporary / PARAMETERS).write_bytes(tvm.runtime.save_param_dict(tensors))
+        for name, arrays in ((PARAMETERS, parameters), (LINK_PARAMETERS, link_parameters)):
+            if arrays is not None:
+                tensors = {key: tvm.runtime.tensor(array) for key, array in arrays.items()}
+                (temporary / name).write_bytes(tvm.runtime.save_param_dict(tensors))
         (temporary / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (temporary / COST).write_text(cost, encoding="utf-8")
         if qdq_model is not None:
@@ -379,10 +447,7 @@ def save_artifact(
         complete = Manifest(
             **manifest,
             schema_version=SCHEMA_VERSION,
-            parameters=tuple(
-                ParameterEntry(name=name, dtype=str(a.dtype), shape=a.shape, bytes=a.nbytes)
-                for name, a in parameters.items()
-            ),
+            parameters=parameter_entries(parameters),
             versions={
                 name: version(name) for name in ("bitwright", "apache-tvm", "onnx", "onnxruntime")
             },
@@ -409,6 +474,14 @@ def save_artifact(
     finally:
         workspace.cleanup()
     return complete
+
+
+def parameter_entries(parameters: Mapping[str, Array]) -> tuple[ParameterEntry, ...]:
+    """What the manifest says of arrays."""
+    return tuple(
+        ParameterEntry(name=name, dtype=str(a.dtype), shape=a.shape, bytes=a.nbytes)
+        for name, a in parameters.items()
+    )
 
 
 def _link(export: Callable[[str], object], path: Path) -> None:
@@ -698,6 +771,28 @@ class Artifact:
         self._weights = transform([packed[name] for name in names])
         self._main = self._machine["main"]
 
+    @functools.cached_property
+    def _link_weights(self) -> list[Any]:
+        """What ``main_link`` takes behind the inputs; made when it is asked for."""
+        import tvm
+
+        assert self.manifest.link is not None
+        arrays = []
+        for name, entries in (
+            (PARAMETERS, self.manifest.parameters),
+            (LINK_PARAMETERS, self.manifest.link.parameters),
+        ):
+            stored = tvm.runtime.load_param_dict_from_file(str(self.folder / name))
+            arrays += [stored[entry.name] for entry in entries]
+        return list(self._machine["main_link_transform_params"](arrays))
+
+    def _call_link(self, arrays: Sequence[Array]) -> list[Array]:
+        import tvm
+
+        _use_threads(self.threads)
+        result = self._machine["main_link"](*map(tvm.runtime.tensor, arrays), *self._link_weights)
+        return [tensor.numpy() for tensor in result]
+
     def _call(self, arrays: Sequence[Array]) -> list[Array]:
         import tvm
 
@@ -758,6 +853,93 @@ class Artifact:
         except Exception as error:  # TVM raises several kinds
             raise RunError(f"fails ({first_line(error)})", where=str(self.folder)) from error
         return {entry.name: value for entry, value in zip(self.outputs, values, strict=True)}
+
+    def count_transitions(
+        self,
+        data: str | Path | Mapping[str, Array],
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Transitions:
+        """Send samples over the link, and count how often its wires change.
+
+        Parameters
+        ----------
+        data
+            An .npz file or a mapping: one array a model input.
+        batch_size
+            Samples of one run, where the model leaves it free. The result does not depend on it.
+        progress
+            Called with samples done and in total.
+
+        Raises
+        ------
+        ArtifactError
+            If the artefact was compiled without transfers.
+        DataError, UsageError
+            If the data or the batch size has to change.
+        RunError
+            If the library fails.
+        """
+        from bitwright.quant.load import ValueType
+        from bitwright.quant.samples import Samples
+
+        if batch_size < 1:
+            raise UsageError(f"batch size {batch_size} is not positive")
+        link = self.manifest.link
+        if link is None:
+            raise ArtifactError(
+                "counts no transitions: it was compiled without transfers, or none of its layers "
+                "computes in integers",
+                where=str(self.folder),
+                fix="compile it with --passes popcount-reorder, or materialize-transfers alone",
+            )
+        samples = Samples(
+            data, [ValueType(e.name, np.dtype(e.dtype), e.shape) for e in self.inputs]
+        )
+        layers: list[LayerTransitions] = []
+        done = 0
+        for batch in samples.batches(batch_size if link.batched else 1):
+            arrays = check_inputs(batch.inputs, self.inputs)
+            try:
+                found = _in_caller(functools.partial(self._call_link, arrays))
+            except Exception as error:  # TVM raises several kinds
+                raise RunError(f"fails ({first_line(error)})", where=str(self.folder)) from error
+            counted = _layer_transitions(link, found[len(self.outputs) :])
+            layers = [a + b for a, b in zip(layers, counted, strict=True)] if layers else counted
+            done += batch.samples
+            if progress is not None:
+                progress(done, len(samples))
+        orders = dict.fromkeys(entry.order for entry in link.layers if entry.order != UNSORTED)
+        return Transitions(
+            str(self.folder), done, link.link, tuple(orders), tuple(layers), link.skipped
+        )
+
+
+def _layer_transitions(link: LinkEntry, results: Sequence[Array]) -> list[LayerTransitions]:
+    """What ``main_link`` counted, as a report; ``results`` are those behind the outputs."""
+    pairs = iter(zip(results[::2], results[1::2], strict=True))
+    lanes = link.link.lanes.value
+    found = []
+    for layer in link.layers:
+        sent = {}
+        for order in dict.fromkeys((ROW_MAJOR, UNSORTED, layer.order)):
+            counts, flits = next(pairs)
+            parts: dict[Part, PartTransitions] = {
+                "inputs": PartTransitions(int(flits[0]), counts[0, :lanes]),
+                "weights": PartTransitions(int(flits[1]), counts[1, :lanes]),
+            }
+            if flits[2]:
+                parts["index"] = PartTransitions(int(flits[2]), counts[2])
+            words = 0
+            if order == layer.order:
+                words = sum(
+                    link.link.words_in(parts[part].flits, layer.terms)
+                    for part in layer.sorted_by_unit
+                )
+            sent[order] = Sent(parts, words)
+        found.append(LayerTransitions(layer.name, sent, layer.reason))
+    return found
 
 
 def check_inputs(inputs: Mapping[str, Array], expected: Sequence[TensorEntry]) -> list[Array]:

@@ -215,7 +215,7 @@ ChosenLoopBits = Annotated[
     int, typer.Option(help="The same in loops (LSTM, GRU, Scan, ...): 8, 16, or 32, float.")
 ]
 CalibrationBatch = Annotated[
-    int | None, typer.Option(help="Samples of one calibration run \\[default: to fit memory].")
+    int | None, typer.Option(help="Samples of one calibration run \[default: to fit memory].")
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -415,7 +415,7 @@ def compile_(
         str | None,
         typer.Option(
             help="An accelerator (bitwright targets), or a description (.yaml) "
-            "\\[default: that of the study of --plan DIR#3]."
+            "\[default: that of the study of --plan DIR#3]."
         ),
     ] = None,
     precision: PrecisionOfAll = None,
@@ -492,18 +492,33 @@ def run(
         ),
     ] = "top1",
     float_model: Annotated[
-        Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
+        Path | None, _file_option("--float", help="The float model \[default: what was compiled].")
     ] = None,
     reference: Annotated[
         bool, typer.Option(help="Run the integer reference too, which is slow.")
     ] = True,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 64,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the artefact \\[default: one a processor].")
+        int | None, typer.Option(help="Threads of the artefact \[default: one a processor].")
     ] = None,
+    count_transitions: Annotated[
+        bool,
+        typer.Option(
+            "--count-transitions",
+            help="Send the samples over the link and count what toggles; nothing is compared.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run an artefact on data, side by side with the models it was made from."""
+    if count_transitions:
+        if (metric, float_model, reference) != ("top1", None, True):
+            raise UsageError(
+                "--count-transitions compares nothing with other models",
+                fix="leave out --metric, --float and --no-reference, or run twice",
+            )
+        _count_transitions(artifact, data, batch_size, threads, as_json=as_json)
+        return
     from bitwright.evaluation import run as execute
 
     with _progress("running") as progress:
@@ -523,6 +538,22 @@ def run(
         from bitwright.tables import print_side_by_side
 
         print_side_by_side(result)
+
+
+def _count_transitions(
+    artifact: Path, data: Path, batch_size: int, threads: int | None, *, as_json: bool
+) -> None:
+    from bitwright.artifact import load_artifact
+
+    loaded = load_artifact(artifact, threads=threads)
+    with _progress("sending") as progress:
+        result = loaded.count_transitions(data, batch_size=batch_size, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_transitions
+
+        print_transitions(result)
 
 
 @_command
@@ -588,6 +619,92 @@ def cost(
     result.check_memory()  # the figures say by how much; the exit code says that it does not fit
 
 
+@_command
+def link(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="An ONNX file, or an artefact (DIR).", readable=False),
+    ],
+    data: Annotated[Path, _file_option(help="Samples (.npz): one array a model input.")],
+    target: Annotated[
+        str | None, typer.Option(help="An accelerator whose link it is, or a description (.yaml).")
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            help="A link: ordering-simulator, that of an accelerator, or a description (.yaml) "
+            "\[default: that of the artefact's target, or ordering-simulator]."
+        ),
+    ] = None,
+    order: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=OPTION:VALUE",
+            help="popcount, gray-rank, popcount=buckets:4:map:quantile:on:inputs, nearest, ... "
+            "\[default: the link's, exact and with 4 buckets].",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Terms that are ordered at once \[default: the link's].")
+    ] = None,
+    flit_bits: Annotated[
+        int | None, typer.Option(help="Payload of a flit \[default: the link's].")
+    ] = None,
+    precision: PrecisionOfAll = None,
+    plan: PlanFile = None,
+    calibration: Annotated[
+        Path | None,
+        _file_option(help="Samples (.npz) to quantize a float model with, and to make maps from."),
+    ] = None,
+    clip: Clip = "mmse",
+    percentile: Percentile = 99.99,
+    per_channel: PerChannel = True,
+    asymmetric: Asymmetric = False,
+    elementwise_bits: ElementwiseBits = None,
+    loop_bits: LoopBits = None,
+    batch_size: CalibrationBatch = None,
+    plot: Annotated[
+        Path | None, _file_option(help="Write charts of layers and wires into this page (.html).")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Count the bits that toggle on a link, unsorted and in several orders."""
+    from bitwright.linking import link as run
+
+    with _progress("counting") as progress:
+        result = run(
+            model,
+            data,
+            target=target,
+            link=link,
+            orders=order,
+            window=window,
+            flit_bits=flit_bits,
+            precision=precision,
+            plan=plan,
+            calibration=calibration,
+            clip=clip,
+            percentile=percentile,
+            per_channel=per_channel,
+            asymmetric=asymmetric,
+            elementwise_bits=elementwise_bits,
+            loop_bits=loop_bits,
+            batch_size=batch_size,
+            plot=plot,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_transitions
+
+        print_transitions(result)
+        if plot is not None:
+            typer.echo(f"charts: {plot}")
+
+
 # -- search ------------------------------------------------------------------------------------
 
 MetricName = Annotated[
@@ -598,12 +715,12 @@ MetricName = Annotated[
     ),
 ]
 Precisions = Annotated[
-    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
+    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \[default: all allowed].")
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
 UsedSamples = Annotated[
-    int | None, typer.Option(help="Validation samples to use \\[default: all].")
+    int | None, typer.Option(help="Validation samples to use \[default: all].")
 ]
 VectorValues = Annotated[
     int, typer.Option(help="Values beside the weights that count as memory, at 16 bits each.")
@@ -715,7 +832,7 @@ def search(
     population: Annotated[int, typer.Option(help="Plans of a population.")] = 40,
     offspring: Annotated[int, typer.Option(help="New plans of a generation.")] = 10,
     generations: Annotated[
-        int | None, typer.Option(help="Generations, the first one counted \\[default: 60].")
+        int | None, typer.Option(help="Generations, the first one counted \[default: 60].")
     ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Stop after so many different plans.")
@@ -815,7 +932,7 @@ def front(
         typer.Option(metavar="LIMIT", help="Pick the best plan that meets limits: error<=+1pp."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="What it is best in \\[default: the first gain].")
+        str | None, typer.Option(help="What it is best in \[default: the first gain].")
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the names of plans alone: DIR#number.")

@@ -22,12 +22,15 @@ from bitwright.artifact import (
     Host,
     HostOperator,
     LayerEntry,
+    LinkEntry,
     ModelEntry,
     PassEntry,
+    SentLayerEntry,
     TensorEntry,
     check_output_folder,
     load_artifact,
     needed_features,
+    parameter_entries,
     read_manifest,
     save_artifact,
     sha256,
@@ -51,7 +54,14 @@ from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["Passes", "compile", "describe_passes", "describe_target", "describe_targets"]
+__all__ = [
+    "Passes",
+    "compile",
+    "describe_passes",
+    "describe_target",
+    "describe_targets",
+    "refuse_options",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +231,7 @@ def compile(  # noqa: A001 - the command's name
         "loop_bits": loop_bits,
     }
     if loaded.is_quantized:
-        _refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
+        refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
         complete = plan_of(loaded)
         accelerator.check(complete.layers, where=loaded.source)
     else:
@@ -282,6 +292,7 @@ def compile(  # noqa: A001 - the command's name
             "layers": tuple(map(_layer, built.layers)),
             "host_operators": tuple(HostOperator(**asdict(e)) for e in built.host_operators),
             "passes": tuple(map(_pass, built.passes)),
+            "link": _link(built.link),
             "host": Host(
                 machine=platform.machine(),
                 target=built.target,
@@ -293,6 +304,7 @@ def compile(  # noqa: A001 - the command's name
             manifest=manifest,
             export=built.executable.export_library,
             parameters=built.parameters,
+            link_parameters=None if built.link is None else built.link.parameters,
             plan=complete,
             cost=costs,
             qdq_model=quantized.to_proto().SerializeToString() if keep_qdq else None,
@@ -338,7 +350,7 @@ def _refuse_other_quantization(model: Model) -> None:
             )
 
 
-def _refuse_options(options: Mapping[str, Any], source: str) -> None:
+def refuse_options(options: Mapping[str, Any], source: str) -> None:
     """Refuse options of quantization for a model that is quantized already."""
     defaults = signature(compile).parameters
     given = [name for name, value in options.items() if value != defaults[name].default]
@@ -346,7 +358,7 @@ def _refuse_options(options: Mapping[str, Any], source: str) -> None:
         raise UsageError(
             f"{source} is quantized already, and there is an option of quantization: "
             f"--{given[0].replace('_', '-')}",
-            fix="leave it out, or compile the float model",
+            fix="leave it out, or name the float model",
         )
 
 
@@ -427,6 +439,27 @@ def _tensor(value: ValueType) -> TensorEntry:
 
 def _layer(layer: Any) -> LayerEntry:
     return LayerEntry(**asdict(layer), float_weight_bytes=4 * layer.weight_count)
+
+
+def _link(built: Any) -> LinkEntry | None:
+    if built is None:
+        return None
+    return LinkEntry(
+        link=built.layers[0].link,  # there is one for all
+        layers=tuple(
+            SentLayerEntry(
+                name=entry.layer,
+                order=str(entry.order),
+                terms=entry.terms,
+                sorted_by_unit=entry.sorted_by_unit,
+                reason=entry.reason,
+            )
+            for entry in built.layers
+        ),
+        skipped=dict(built.skipped),
+        batched=built.batched,
+        parameters=parameter_entries(built.parameters),
+    )
 
 
 def _pass(report: Any) -> PassEntry:

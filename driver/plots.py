@@ -14,11 +14,13 @@ from bitwright.vocabulary import LayerCost, Precision
 if TYPE_CHECKING:
     from bitwright.costing import Cost
     from bitwright.searching import Sensitivity
+    from bitwright.transitions import Transitions
 
-__all__ = ["cost_page", "layer_heat_map", "sensitivity_page"]
+__all__ = ["cost_page", "layer_heat_map", "sensitivity_page", "transitions_page"]
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 _COLORS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_WIDE_COLORS: Final = ("#999999", "#000000", *_COLORS)  # greys for what others are compared with
 _ROW_HEIGHT: Final = 300  # pixels
 _CELL_HEIGHT: Final = 22  # pixels, of a heat map
 _LONGEST_NAME: Final = 26  # characters beside a heat map; a hover shows all
@@ -153,6 +155,117 @@ def sensitivity_page(found: Sensitivity, source: str) -> str:
     figure.update_layout(title_text=f"{_text(title)}<br><sup>{_text(said)}</sup>")
     figure.update_layout(margin_t=120, height=figure.layout.height + 80)
     return _page(title, figure)
+
+
+def transitions_page(result: Transitions) -> str:
+    """Make a page with what toggles on a link: by layer and order, and by wire."""
+    from plotly.graph_objects import Bar, Heatmap
+    from plotly.subplots import make_subplots
+
+    from bitwright.transitions import ROW_MAJOR, UNSORTED
+
+    packing = result.link.packing
+    orders = {**{o: o for o in (UNSORTED, *result.orders)}, UNSORTED: f"unsorted, {packing}"}
+    if packing != ROW_MAJOR:
+        orders = {ROW_MAJOR: "unsorted, row-major", **orders}
+    names = [_text(_short(layer.layer)) for layer in result.layers]
+    per_row = 2
+    heat_rows = -(-len(orders) // per_row)
+    specs: list[list[Any]] = [[{"colspan": per_row}, None], [{"colspan": per_row}, None]]
+    specs += [[{}, {}] for _ in range(heat_rows)]
+    lanes = {order: _wires(result, order) for order in orders}
+    heat_height = max(_CELL_HEIGHT * len(next(iter(lanes.values()))[0]), 120)
+    heights = [_ROW_HEIGHT, _ROW_HEIGHT, *[heat_height] * heat_rows]
+    total_height = sum(heights) + 90 * (len(heights) - 1)
+    figure = make_subplots(
+        rows=2 + heat_rows,
+        cols=per_row,
+        specs=specs,
+        row_heights=heights,
+        vertical_spacing=90 / total_height,
+        horizontal_spacing=0.12,
+        subplot_titles=[
+            "transitions a sample",
+            "share of the transitions of unsorted, row-major flits",
+            *(f"changes a flit of every wire: {_text(label)}" for label in orders.values()),
+        ],
+    )
+    for (order, label), color in zip(orders.items(), itertools.cycle(_WIDE_COLORS), strict=False):
+        changes = [layer[order].transitions for layer in result.layers]
+        before = [layer[ROW_MAJOR].transitions for layer in result.layers]
+        shares = [100 * c / b if b else 0 for c, b in zip(changes, before, strict=True)]
+        total, whole = result.total(order).transitions, result.total(ROW_MAJOR).transitions
+        shared = {"name": _text(label), "legendgroup": order, "marker_color": color}
+        bar = Bar(
+            x=names,
+            y=[change / result.samples for change in changes],
+            hovertemplate="%{x}: %{y:,.4~g} transitions a sample",
+            **shared,
+        )
+        figure.add_trace(bar, row=1, col=1)
+        bar = Bar(
+            x=[*names, "all layers"],
+            y=[*shares, 100 * total / whole if whole else 0],
+            hovertemplate="%{x}: %{y:.1f} %",
+            showlegend=False,
+            **shared,
+        )
+        figure.add_trace(bar, row=2, col=1)
+    figure.update_yaxes(title_text="transitions", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title_text="%", rangemode="tozero", row=2, col=1)
+    figure.update_xaxes(type="category", row=1, col=1)
+    figure.update_xaxes(type="category", row=2, col=1)
+    for number, (rows, cells) in enumerate(lanes.values()):
+        heat = Heatmap(
+            z=cells,
+            x=[f"bit {bit}" for bit in range(len(cells[0]))],
+            y=rows,
+            coloraxis="coloraxis",
+            hovertemplate="%{y}, %{x}: %{z:.3f} changes a flit<extra></extra>",
+            xgap=1,
+            ygap=1,
+        )
+        row, col = 3 + number // per_row, 1 + number % per_row
+        figure.add_trace(heat, row=row, col=col)
+        # Written as numbers are: the highest bit on the left.
+        figure.update_xaxes(autorange="reversed", showgrid=False, row=row, col=col)
+        figure.update_yaxes(autorange="reversed", showgrid=False, row=row, col=col)
+    title = f"{Path(result.source).name}: bit transitions on the link"
+    wire = result.link
+    said = (
+        f"{result.samples:,} samples; {wire.flit} flits of {wire.flit_bits} bits, {packing}, windows "
+        f"of {wire.window.value} terms; {wire.energy_pj_per_transition.value:g} pJ a transition"
+    )
+    bottom = heat_rows * (heat_height + 90) - 90
+    figure.update_layout(
+        title_text=f"{_text(title)}<br><sup>{_text(said)}</sup>",
+        barmode="group",
+        template="plotly_white",
+        height=total_height + 200,
+        margin={"t": 120, "b": 80},
+        coloraxis={
+            "colorscale": "Blues",
+            "cmin": 0,
+            "colorbar": {
+                "title": {"text": "changes a flit", "side": "right"},
+                "len": bottom,
+                "lenmode": "pixels",
+                "y": 0,
+                "yanchor": "bottom",
+            },
+        },
+    )
+    return _page(title, figure)
+
+
+def _wires(result: Transitions, order: str) -> tuple[list[str], list[list[float]]]:
+    """How often every wire changes a flit: lanes of all parts, by bit, over all layers."""
+    rows, cells = [], []
+    for part, sent in result.total(order).parts.items():
+        for lane, bits in enumerate(sent.transitions.tolist()):
+            rows.append(f"{part} {lane}")
+            cells.append([change / max(sent.flits, 1) for change in bits])
+    return rows, cells
 
 
 def layer_heat_map(

@@ -20,6 +20,7 @@ from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
 from bitwright.targets import Accelerator, Installed, Link
+from bitwright.targets.orders import Order
 from bitwright.targets.schema import entries as numbers
 from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
@@ -311,32 +312,52 @@ def print_side_by_side(result: SideBySide) -> None:
 def print_transitions(result: Transitions) -> None:
     """Print what toggled on the link: layers and parts, unsorted and in each order."""
     console = new_console()
-    link = result.link
-    for order in result.orders:
+    packing = result.link.packing
+    # What orders are compared with: twice the same where the link packs that way itself.
+    baselines = {ROW_MAJOR: ROW_MAJOR, UNSORTED: packing}
+    if packing == ROW_MAJOR:
+        del baselines[ROW_MAJOR]
+    shares = [f"saved against {name}" for name in baselines.values()]
+    for order in result.orders or (UNSORTED,):
         table = new_table(
             f"{Path(result.source).name}: transitions of {result.samples} samples, {order}",
             ["layer", "part"],
-            [
-                *("flits", "row-major", link.packing, "ordered", "saved against row-major"),
-                *(f"saved against {link.packing}", "energy"),
-            ],
+            ["flits", *baselines.values(), "ordered", *shares, "energy"],
         )
         for layer in result.layers:
-            _add_sent(
-                table, layer.layer, result, layer.sent[ROW_MAJOR], layer[UNSORTED], layer[order]
-            )
+            sent = [*(layer[baseline] for baseline in baselines), layer[order]]
+            _add_sent(table, layer.layer, result, sent)
             table.add_section()
-        total = result.total(order)
-        _add_sent(table, "total", result, result.total(ROW_MAJOR), result.total(UNSORTED), total)
+        totals = [*(result.total(baseline) for baseline in baselines), result.total(order)]
+        _add_sent(table, "total", result, totals)
         console.print(table)
-        unit = result.unit_energy_pj(total)
-        if not total.needs_unit:
-            console.print("the order is known at compile time: it needs no sorting unit")
-        else:
-            console.print(
-                f"the sorting unit orders {total.words_sorted:,} words"
-                + ("" if unit is None else f", which takes {units.energy(unit)}")
-            )
+    unsorted = result.total(UNSORTED)
+    table = new_table(
+        f"all layers, {units.number(result.link.energy_pj_per_transition.value)} pJ a transition",
+        ["order"],
+        ["transitions", *shares, "energy", "words sorted", "unit", "break-even", "net saved"],
+    )
+    for order in dict.fromkeys([*baselines, *result.orders]):
+        total = result.total(order)
+        even = result.break_even_pj_per_word(total, unsorted)
+        unit, net = result.unit_energy_pj(total), result.net_saved_pj(total, unsorted)
+        table.add_row(
+            escape({**baselines, UNSORTED: f"none, {packing}"}.get(order, order)),
+            f"{total.transitions:,}",
+            *(units.percent(result.saved(total, result.total(name))) for name in baselines),
+            units.energy(result.energy_pj(total)),
+            f"{total.words_sorted:,}" if total.needs_unit else "-",
+            units.energy(unit) if total.needs_unit else "-",
+            "-" if even is None else f"{even:.3g} pJ/word",
+            "-" if net is None or order in baselines else f"{net / 1e3:,.4g} nJ",
+        )
+    console.print(table)
+    if any(not result.total(o).needs_unit for o in result.orders if Order.parse(o).is_sorted):
+        console.print("orders without words to sort are known at compile time: they need no unit")
+    if "nearest" in result.orders:
+        console.print("nearest is a bound: no unit finds it")
+    for note in result.notes:
+        console.print(f"note: {escape(note)}")
     for entry in result.layers:
         if entry.reason:
             console.print(f"{escape(entry.layer)}: {escape(entry.reason)}")
@@ -344,36 +365,28 @@ def print_transitions(result: Transitions) -> None:
         console.print(f"not counted: {escape(name)}: {escape(reason)}")
 
 
-def _add_sent(
-    table: Table, name: str, result: Transitions, row_major: Sent, unsorted: Sent, ordered: Sent
-) -> None:
-    """One row for each part of the traffic, and one for all where there are several."""
+def _add_sent(table: Table, name: str, result: Transitions, sent: Sequence[Sent]) -> None:
+    """One row for each part of the traffic, and one for all; ``sent`` ends with the order."""
     energy = result.link.energy_pj_per_transition.value
-    rows = [
+    ordered = sent[-1]
+    rows: list[tuple[str, int, list[int]]] = [
         (
             part,
-            sent.flits,
-            *(
-                entry.parts[part].total if part in entry.parts else 0
-                for entry in (row_major, unsorted)
-            ),
-            sent.total,
+            ordered.parts[part].flits,
+            [entry.parts[part].total if part in entry.parts else 0 for entry in sent],
         )
-        for part, sent in ordered.parts.items()
+        for part in ordered.parts
     ]
-    flits = sum(sent.flits for sent in ordered.parts.values())
-    rows.append(("all", flits, row_major.transitions, unsorted.transitions, ordered.transitions))
-    for part, count, first, second, last in rows:
+    flits = sum(part.flits for part in ordered.parts.values())
+    rows.append(("all", flits, [entry.transitions for entry in sent]))
+    for part, count, changes in rows:
         table.add_row(
             escape(name) if part == "inputs" else "",
             part,
             f"{count:,}",
-            f"{first:,}",
-            f"{second:,}",
-            f"{last:,}",
-            units.percent(first - last, first),
-            units.percent(second - last, second),
-            units.energy(last * energy),
+            *(f"{change:,}" for change in changes),
+            *(units.percent(before - changes[-1], before) for before in changes[:-1]),
+            units.energy(changes[-1] * energy),
         )
 
 

@@ -130,6 +130,8 @@ class Transitions:
         The layers whose operands were sent, in order of execution.
     skipped
         Layers that are left out, and why.
+    notes
+        What else a reader of the figures has to know.
     """
 
     source: str
@@ -138,6 +140,7 @@ class Transitions:
     orders: tuple[str, ...]
     layers: tuple[LayerTransitions, ...]
     skipped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, layer: str) -> LayerTransitions:
         return next(entry for entry in self.layers if entry.layer == layer)
@@ -164,6 +167,16 @@ class Transitions:
         """Share of the transitions of a baseline that an order takes off."""
         return 1 - sent.transitions / baseline.transitions if baseline.transitions else None
 
+    def net_saved_pj(self, sent: Sent, baseline: Sent) -> float | None:
+        """Energy that an order saves, less that of the sorting unit; None where that is unknown."""
+        unit = self.unit_energy_pj(sent)
+        return None if unit is None else self.energy_pj(baseline) - self.energy_pj(sent) - unit
+
+    def break_even_pj_per_word(self, sent: Sent, baseline: Sent) -> float | None:
+        """What a unit may spend on a word, in pJ, before an order costs more than it saves."""
+        saved = self.energy_pj(baseline) - self.energy_pj(sent)
+        return saved / sent.words_sorted if sent.needs_unit else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
         total = {order: self.total(order) for order in (ROW_MAJOR, UNSORTED, *self.orders)}
@@ -182,6 +195,7 @@ class Transitions:
             ],
             "total": self._sent(total),
             "skipped": dict(self.skipped),
+            "notes": list(self.notes),
         }
 
     def _sent(self, sent: Mapping[str, Sent]) -> dict[str, Any]:
@@ -193,6 +207,8 @@ class Transitions:
                 "energy_pj": self.energy_pj(entry),
                 "words_sorted": entry.words_sorted,
                 "unit_energy_pj": self.unit_energy_pj(entry),
+                "net_saved_pj": self.net_saved_pj(entry, sent[UNSORTED]),
+                "break_even_pj_per_word": self.break_even_pj_per_word(entry, sent[UNSORTED]),
                 "parts": {name: part.to_dict() for name, part in entry.parts.items()},
             }
             for order, entry in sent.items()

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,25 @@ from bitwright.passes.expressions import (
     scans,
     static_shape,
 )
+from bitwright.passes.link_entry import (
+    ENTRY,
+    LinkEntry,
+    SentLayer,
+    Transfers,
+    add_link_entry,
+    take_transfers,
+)
 from bitwright.passes.ops import COND, SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
+from bitwright.passes.popcount_reorder import Measured
 from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
 from bitwright.targets.codegen import CODEGEN, read_layer
 from bitwright.targets.kernels.host import find, target
 from bitwright.vocabulary import Precision
 
-__all__ = ["Built", "CompiledLayer", "HostOperator", "PassReport", "build"]
+__all__ = ["Built", "BuiltLink", "CompiledLayer", "HostOperator", "PassReport", "build"]
 
 TRANSFORM = "main_transform_params"
 
@@ -112,6 +121,28 @@ class PassReport:
 
 
 @dataclass(frozen=True)
+class BuiltLink:
+    """The entry point that counts transitions.
+
+    Attributes
+    ----------
+    layers
+        How operands are sent, in the order in which ``main_link`` returns what it counted.
+    skipped
+        Layers whose operands are not sent, and why.
+    batched
+        Whether several samples can be sent in one call.
+    parameters
+        What ``main_link`` takes behind the parameters of ``main``.
+    """
+
+    layers: tuple[SentLayer, ...]
+    skipped: Mapping[str, str]
+    batched: bool
+    parameters: dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
 class Built:
     """What :func:`build` makes.
 
@@ -131,6 +162,9 @@ class Built:
         Options of the TVM target that the code is for.
     isa
         Name of the kernels' instruction set.
+    link
+        The entry point that counts transitions, where the pipeline has transfers. Its parameters
+        are brought into their form by ``main_link_transform_params``.
     """
 
     executable: Any
@@ -140,6 +174,7 @@ class Built:
     passes: tuple[PassReport, ...]
     target: dict[str, str]
     isa: str
+    link: BuiltLink | None
 
 
 def build(
@@ -147,6 +182,7 @@ def build(
     accelerator: Accelerator,
     *,
     pipeline: Pipeline = DEFAULT,
+    measured: Mapping[str, Measured] | None = None,
     dump_ir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Built:
@@ -160,6 +196,8 @@ def build(
         What the layers are partitioned for.
     pipeline
         The passes and their options.
+    measured
+        What layers sent on samples, for orders that depend on it.
     dump_ir
         A folder that gets the module after each pass, as text.
     progress
@@ -177,7 +215,7 @@ def build(
             "the module has no function main", fix="import a model, or name its entry so"
         )
     isa = find(str(pipeline.options["pack-weights"].get("isa", "")))
-    steps = pipeline.create(target=accelerator.name, isa=isa.name)
+    steps = pipeline.create(target=accelerator.name, isa=isa.name, measured=measured)
     reports = []
     if dump_ir is not None:
         dump_ir.mkdir(exist_ok=True)
@@ -185,9 +223,12 @@ def build(
     layers: tuple[CompiledLayer, ...] = ()
     host_operators = None
     in_loops: dict[str, list[CompiledLayer]] = {}
+    transfers: Transfers | None = None
     for name, step in steps.items():
         if name == "lower-scan":
             in_loops = _layers_in_loops(module)
+            if "materialize-transfers" in steps:  # main goes on without
+                module, transfers = _run("popcount-reorder", take_transfers, module)
         if name in ("lower-scan", "schedule-floats") and host_operators is None:
             host_operators = _host_operators(module)  # from here on, floats become kernels
         if name == "pack-weights":  # which lets equal layers share a function
@@ -206,18 +247,22 @@ def build(
     host_operators = tuple(named.values())
     if progress is not None:
         progress("code generation")
-    entry = module["main"]
-    names = [str(name) for name in entry.attrs.get(PARAMETER_NAMES, [])]
-    module, detached = relax.frontend.detach_params(module)
-    arrays = detached.get("main", [])
-    parameters = {
-        name: np.asarray(array.numpy()) for name, array in zip(names, arrays, strict=True)
-    }
+    entries = ["main"]
+    parameters = _parameters(module["main"])
+    link = None
+    if transfers is not None and transfers.layers:
+        found = _run("code generation", functools.partial(_add_link, transfers), module)
+        module = found.module
+        entries.append(ENTRY)
+        own = _parameters(module[ENTRY])
+        own = {name: array for name, array in own.items() if name not in parameters}
+        link = BuiltLink(found.layers, transfers.skipped, found.batched, own)
+    module, _ = relax.frontend.detach_params(module)
     options = {CODEGEN: {"isa": isa.name}}
     # TVM's memory planning lets the branches of an If share memory that only one of them allocates.
     disabled = ["StaticPlanBlockMemory"] if has_branches(module) else []
     # Functions that are no entries would keep their calls of what the kernels replace.
-    generate = relax.transform.RunCodegen(options, ["main", *bodies(module)])
+    generate = relax.transform.RunCodegen(options, [*entries, *bodies(module)])
     module = _run("code generation", generate, module)
     # Behind code generation, which follows calls without end.
     module = _run("code generation", scan_recursion.lower, module)
@@ -228,8 +273,19 @@ def build(
     with tvm.transform.PassContext(disabled_pass=disabled):
         executable = _run("compilation", functools.partial(_compile, target=host), module)
     return Built(
-        executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name
+        executable, parameters, layers, host_operators, tuple(reports), target(isa), isa.name, link
     )
+
+
+def _add_link(transfers: Transfers, module: Any) -> LinkEntry:
+    return add_link_entry(module, transfers)
+
+
+def _parameters(entry: Any) -> dict[str, npt.NDArray[Any]]:
+    """What an entry point takes behind its inputs."""
+    names = [str(name) for name in entry.attrs.get(PARAMETER_NAMES, [])]
+    arrays = entry.attrs.get("params", [])
+    return {name: np.asarray(array.numpy()) for name, array in zip(names, arrays, strict=True)}
 
 
 @tvm.transform.module_pass(opt_level=0, name="PromiseNoAlias")

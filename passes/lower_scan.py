@@ -751,7 +751,8 @@ class _Lowering:
 
     def _add(self, name: str, function: Any) -> Any:
         taken = {v.name_hint for v in (*self._mod.get_global_vars(), *self.functions)}
-        taken.add("main_transform_params")  # TVM adds it later
+        # TVM adds some later, and so does the second entry.
+        taken |= {"main_transform_params", "main_link", "main_link_transform_params"}
         unique, number = name, 1
         while unique in taken:
             number += 1

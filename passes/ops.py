@@ -20,9 +20,22 @@
     One of two results, as ``condition`` (a bool without axes) says. ``then`` and ``otherwise`` are
     functions of the module; both take the captured values and return a tuple. Only one runs.
 
-The first two have a legalization, so a module that holds them compiles with TVM's own pipeline.
-``LowerScan`` replaces the third; what it leaves, and the fourth, are replaced behind code
-generation (``scan_recursion.lower``, ``lower_cond.lower``).
+``bitwright.transfer(x)``, ``bitwright.transfer(x, places)``
+    The value of ``x``, which crosses the link to the array. The attributes say how: ``layer`` (the
+    ONNX node), ``operand`` (``inputs`` or ``weights``), ``link`` (a
+    :class:`~bitwright.targets.link.Link` as JSON) and ``order`` (as ``Order.parse`` reads it).
+    Values stay where they are: ``places`` says at which place of its window each term is sent, and
+    the consumer adds up the products in that order. It is what ``bitwright.order`` returns, or a
+    constant, uint8 [channels, terms], where it depends on constants alone.
+
+``bitwright.order(x, table)``
+    The places of the stable counting sort of ``x`` by the buckets ``table`` (uint16
+    [2^word_bits], one a word), in each window; uint8 [samples, channels or groups, positions or 1,
+    terms]. The attributes are those of the transfer of ``x``. A sorting unit computes it.
+
+The first two have a legalization, so a module that holds them compiles with TVM's own pipeline; the
+last two leave nothing behind there. ``LowerScan`` replaces the third; what it leaves, and the
+fourth, are replaced behind code generation (``scan_recursion.lower``, ``lower_cond.lower``).
 """
 
 from __future__ import annotations
@@ -31,18 +44,36 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax, te, tirx
 from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
-__all__ = ["COND", "REQUANTIZE", "SCAN", "UNPACK", "cond", "requantize", "scan", "unpack"]
+__all__ = [
+    "COND",
+    "ORDER",
+    "REQUANTIZE",
+    "SCAN",
+    "TRANSFER",
+    "UNPACK",
+    "cond",
+    "order",
+    "requantize",
+    "scan",
+    "transfer",
+    "unpack",
+]
 
 COND = "bitwright.cond"
+ORDER = "bitwright.order"
 REQUANTIZE = "bitwright.requantize"
 SCAN = "bitwright.scan"
+TRANSFER = "bitwright.transfer"
 UNPACK = "bitwright.unpack"
+
+_ORDER_AXES = 4
 
 
 def requantize(
@@ -105,6 +136,31 @@ def cond(then: Any, otherwise: Any, condition: Any, captured: Sequence[Any], kin
     """
     operands = [then, otherwise, condition, relax.Tuple(list(captured))]
     return relax.Call(Op.get(COND), operands, ty_args=[kind])
+
+
+def transfer(
+    x: Any,
+    places: Any | None = None,
+    *,
+    layer: str,
+    operand: str,
+    link: str,
+    order: str = "none",
+) -> Any:
+    """Call ``bitwright.transfer``; see the module's docstring."""
+    attributes = tvm.ir.make_node(
+        "ir.DictAttrs", layer=layer, operand=operand, link=link, order=order
+    )
+    arguments = [x] if places is None else [x, places]
+    return relax.Call(Op.get(TRANSFER), arguments, attrs=attributes)
+
+
+def order(x: Any, table: Any, *, layer: str, operand: str, link: str, order: str) -> Any:
+    """Call ``bitwright.order``; see the module's docstring."""
+    attributes = tvm.ir.make_node(
+        "ir.DictAttrs", layer=layer, operand=operand, link=link, order=order
+    )
+    return relax.Call(Op.get(ORDER), [x, table], attrs=attributes)
 
 
 def _requantize_type(call: Any, _context: Any) -> Any:
@@ -193,6 +249,11 @@ def _legalize_unpack(builder: Any, call: Any) -> Any:
     return builder.call_te(compute, *call.args, primfunc_name_hint="unpack")
 
 
+def _legalize_order(_builder: Any, _call: Any) -> Any:
+    # Nobody reads it: the transfers, which alone take it, are gone.
+    return relax.const(np.zeros((0,) * _ORDER_AXES, np.uint8))
+
+
 def _register(
     name: str,
     arguments: Sequence[str],
@@ -212,6 +273,8 @@ def _register(
     register_op_attr(name, "FPurity", True)
     register_op_attr(name, "FInferType", infer)
     if legalize is not None:
+        # Results of unknown shape are else left alone.
+        register_op_attr(name, "FDataDependent", name == ORDER)
         register_legalize(name)(legalize)
 
 
@@ -224,6 +287,18 @@ def register() -> None:
     _register(SCAN, names, lambda call, _context: call.ty_args[0])
     names = ["then", "otherwise", "condition", "captured"]
     _register(COND, names, lambda call, _context: call.ty_args[0])
+    _register(
+        TRANSFER,
+        ["x", "places"],
+        lambda call, _context: call.args[0].ty,
+        lambda _builder, call: call.args[0],
+    )
+    _register(
+        ORDER,
+        ["x", "table"],
+        lambda _call, _context: relax.TensorType(dtype="uint8", ndim=_ORDER_AXES),
+        _legalize_order,
+    )
 
 
 register()

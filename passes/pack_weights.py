@@ -36,7 +36,7 @@ from bitwright.targets.codegen import CODEGEN, IntegerLayer, generator, read_lay
 from bitwright.targets.kernels.host import Isa, find
 from bitwright.targets.kernels.spec import Convolution, Matmul
 
-__all__ = ["PARAMETER_NAMES", "PackWeights", "pack"]
+__all__ = ["PARAMETER_NAMES", "PackWeights", "Parameters", "pack"]
 
 Array = npt.NDArray[Any]
 PARAMETER_NAMES = "bitwright.parameters"
@@ -81,7 +81,7 @@ def pack(values: npt.NDArray[np.integer[Any]], bits: int) -> tuple[npt.NDArray[n
     return shifted.sum(axis=1).astype(np.uint8), low
 
 
-class _Parameters:
+class Parameters:
     """Parameters of the entry function, in order."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class _Packing:
         self._mod = mod
         self._isa = isa
         self._kernels = kernels
-        self.parameters = _Parameters()
+        self.parameters = Parameters()
         self._functions: dict[Any, Any] = {}
         self._primitives: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}

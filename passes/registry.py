@@ -19,9 +19,17 @@ _PASSES = {
     "propagate-quantization": "propagate_quantization:PropagateQuantization",
     "partition-for-target": "partition_for_target:PartitionForTarget",
     "lower-to-integer": "lower_to_integer:LowerToInteger",
+    "materialize-transfers": "materialize_transfers:MaterializeTransfers",
+    "popcount-reorder": "popcount_reorder:PopcountReorder",
     "lower-scan": "lower_scan:LowerScan",
     "schedule-floats": "schedule_floats:ScheduleFloats",
     "pack-weights": "pack_weights:PackWeights",
+}
+
+# They run only where they are named. Each needs what it is mapped to, which is then named, too.
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "materialize-transfers": (),
+    "popcount-reorder": ("materialize-transfers",),
 }
 
 
@@ -37,13 +45,17 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class PassInfo:
-    """A pass: what it does, which options it has, what it needs and what then holds."""
+    """A pass: what it does, which options it has, what it needs and what then holds.
+
+    ``optional`` passes run only where they are named.
+    """
 
     name: str
     summary: str
     options: tuple[Option, ...]
     requires: str
     ensures: str
+    optional: bool
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,9 @@ class Pipeline:
     """Passes to run, each with the options that are not left at their defaults."""
 
     options: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: MappingProxyType({name: {} for name in _PASSES})
+        default_factory=lambda: MappingProxyType(
+            {name: {} for name in _PASSES if name not in _OPTIONAL}
+        )
     )
 
     def create(self, **common: Any) -> dict[str, Any]:
@@ -60,13 +74,14 @@ class Pipeline:
         Parameters
         ----------
         common
-            Options given to every pass that has them, unless the pipeline says otherwise.
+            Arguments given to every pass that takes them, unless the pipeline says otherwise.
         """
         made = {}
         for name, options in self.options.items():
-            given = {option.name for option in available()[name].options}
+            kind = _pass_class(name)
+            given = inspect.signature(kind).parameters
             shared = {key: value for key, value in common.items() if key in given}
-            made[name] = _pass_class(name)(**{**shared, **options})
+            made[name] = kind(**{**shared, **options})
         return made
 
     def __str__(self) -> str:
@@ -110,14 +125,22 @@ def _describe(name: str) -> PassInfo:
     parameters = [
         entry
         for entry in inspect.signature(kind).parameters.values()
-        if entry.kind is not inspect.Parameter.VAR_KEYWORD
-        and entry.kind is not inspect.Parameter.VAR_POSITIONAL
+        # What text cannot say is given by keyword alone.
+        if entry.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     options = tuple(
-        Option(entry.name, type(entry.default).__name__, entry.default, helps.get(entry.name, ""))
+        Option(entry.name, _type(entry), entry.default, helps.get(entry.name, ""))
         for entry in parameters
     )
-    return PassInfo(name, summary, options, requires, words.partition("Ensures: ")[2])
+    ensures = words.partition("Ensures: ")[2]
+    return PassInfo(name, summary, options, requires, ensures, name in _OPTIONAL)
+
+
+def _type(parameter: inspect.Parameter) -> str:
+    """Type of an option; one that is None where it is left out has it in its annotation."""
+    if parameter.default is None:
+        return str(parameter.annotation).removesuffix(" | None")
+    return type(parameter.default).__name__
 
 
 def parse(text: str) -> Pipeline:
@@ -126,7 +149,8 @@ def parse(text: str) -> Pipeline:
     Parameters
     ----------
     text
-        ``pass=option:value:option:value,pass=...``. What is not named keeps its defaults.
+        ``pass=option:value:option:value,pass=...``. What is not named keeps its defaults; optional
+        passes then do not run.
 
     Raises
     ------
@@ -134,10 +158,12 @@ def parse(text: str) -> Pipeline:
         If there is no such pass or option, or a value is of the wrong type.
     """
     options: dict[str, dict[str, Any]] = {name: {} for name in _PASSES}
+    named: set[str] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, rest = part.partition("=")
         if name not in options:
             raise UsageError(f"there is no pass {name!r}", fix="there are " + ", ".join(options))
+        named |= {name, *_OPTIONAL.get(name, ())}
         known = {option.name: option for option in available()[name].options}
         words = rest.split(":") if rest else []
         if len(words) % 2:
@@ -151,7 +177,15 @@ def parse(text: str) -> Pipeline:
                     fix="it has " + (", ".join(known) or "none"),
                 )
             options[name][key] = _read(value, known[key], name)
-    return Pipeline(MappingProxyType({name: MappingProxyType(o) for name, o in options.items()}))
+    return Pipeline(
+        MappingProxyType(
+            {
+                name: MappingProxyType(found)
+                for name, found in options.items()
+                if name in named or name not in _OPTIONAL
+            }
+        )
+    )
 
 
 def _read(text: str, option: Option, name: str) -> object:

@@ -11,7 +11,7 @@ What lies outside stays float and runs in onnxruntime, operator by operator. The
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from bitwright.errors import RunError
+from bitwright.errors import BitwrightError, RunError
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values
 from bitwright.quant.graph import (
     attribute,
@@ -43,7 +43,7 @@ from bitwright.quant.requantization import (
 )
 from bitwright.quant.tables import function_table
 
-__all__ = ["Reference", "Region"]
+__all__ = ["Operand", "Operands", "Reference", "Region", "padding_of"]
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -55,8 +55,8 @@ _EXACT_FLOAT64 = 2.0**53
 class _Codes:
     """A quantized tensor behind DequantizeLinear.
 
-    ``scale`` and ``zero_point`` broadcast against ``codes``, which have ``bits`` bits.
-    ``quantization`` describes them where the scale is one number; it is None for per-channel scales
+    ``scale`` and ``zero_point`` broadcast against ``codes``, which have ``bits`` bits and are
+    ``signed`` or not. ``quantization`` describes them where the scale is one number; it is None for per-channel scales
     and for 32-bit biases. ``stored`` says whether the codes are constants of the model.
     """
 
@@ -64,6 +64,7 @@ class _Codes:
     scale: FloatArray
     zero_point: IntArray
     bits: int
+    signed: bool
     quantization: TensorQuantization | None
     stored: bool
 
@@ -149,6 +150,49 @@ class Region:
     operand_bits: int
 
 
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One operand of a product.
+
+    Attributes
+    ----------
+    codes
+        int64, of the shape that the node reads.
+    zero_point
+        The code of 0; broadcasts against ``codes``.
+    bits, signed
+        Their type.
+    """
+
+    codes: IntArray
+    zero_point: IntArray
+    bits: int
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a layer, or another product of two tensors of codes, multiplies in one run.
+
+    Attributes
+    ----------
+    node
+        A Conv, Gemm or MatMul.
+    data, weights
+        Both operands. Of two activations ``weights`` is the right one.
+    weights_left
+        Whether the weights are the left operand.
+    stored
+        Whether the weights are constants of the model.
+    """
+
+    node: ir.Node
+    data: Operand
+    weights: Operand
+    weights_left: bool
+    stored: bool
+
+
 class Reference:
     """Executes one QDQ model in integers.
 
@@ -158,6 +202,9 @@ class Reference:
         A loaded model.
     requantization
         ``float`` (the rule everywhere else) or ``fixed``: the multiplier as a 32-bit integer.
+    observe
+        Called with the operands of every product that is computed in integers, once a run, in
+        loops once a step.
 
     Attributes
     ----------
@@ -165,8 +212,15 @@ class Reference:
         The integer regions by the tensor of codes they produce; filled by the first run.
     """
 
-    def __init__(self, model: Model, requantization: RequantizationForm = "float") -> None:
+    def __init__(
+        self,
+        model: Model,
+        requantization: RequantizationForm = "float",
+        *,
+        observe: Callable[[Operands], None] | None = None,
+    ) -> None:
         self._model = model
+        self._observe = observe
         self._form: RequantizationForm = requantization
         self._roots = elementwise_roots(model.graph)
         for node in model.graph:
@@ -228,7 +282,7 @@ class Reference:
                     results: Sequence[_Value] = self._loop(node, values, given, computed)
                 else:
                     results = self._execute(node, values)
-            except RunError:
+            except BitwrightError:
                 raise
             except Exception as error:
                 raise RunError(
@@ -460,7 +514,10 @@ class Reference:
         producer = value.producer()
         sources = [value] if producer is None else producer.inputs
         stored = all(constant(entry) is not None for entry in sources if entry is not None)
-        result = _Codes(codes, scale, zero_point, value.dtype.bitwidth, quantization, stored)
+        signed = str(value.dtype).startswith("INT")
+        result = _Codes(
+            codes, scale, zero_point, value.dtype.bitwidth, signed, quantization, stored
+        )
         if stored:
             self._weights[node] = result
         return result
@@ -566,13 +623,20 @@ class Reference:
         scale = np.asarray(data.scale * weights.scale, np.float32)
         scale = scale.reshape((-1, *(1,) * behind) if per_channel else ())
         bits = max(data.bits, weights.bits)
-        accumulator = _Accumulator(values, scale, bound, str(node.name), "layer", bits)
+        result: _Accumulator | None
+        result = _Accumulator(values, scale, bound, str(node.name), "layer", bits)
         bias = operands[2] if len(operands) > 2 else None
-        if bias is None:
-            return accumulator
-        if not _is_stored(node.inputs[2], bias):
-            return None
-        return _with_bias(accumulator, bias, behind if node.op_type == "Conv" else 0)
+        if bias is not None:
+            if not _is_stored(node.inputs[2], bias):
+                return None
+            result = _with_bias(result, bias, behind if node.op_type == "Conv" else 0)
+        if result is not None and self._observe is not None:
+            pair = (
+                Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
+                for entry in (data, weights)
+            )
+            self._observe(Operands(node, *pair, weights_left, weights.stored))
+        return result
 
 
 def _has_quantizers(node: ir.Node) -> bool:
@@ -737,7 +801,7 @@ def _matmul(a: IntArray, b: IntArray, bound: float) -> IntArray:
     return np.asarray(np.matmul(a, b), np.int64)
 
 
-def _padding(
+def padding_of(
     node: ir.Node, sizes: Sequence[int], kernel: Sequence[int]
 ) -> tuple[list[tuple[int, int]], tuple[int, ...], tuple[int, ...]]:
     """Padding of each spatial axis, strides and dilations of a convolution or pooling."""
@@ -774,7 +838,7 @@ def _convolve(x: IntArray, w: IntArray, node: ir.Node, *, exact: bool) -> IntArr
     """Integer convolution of centred codes: [N, C, *spatial] by [M, C/groups, *kernel]."""
     kernel = w.shape[2:]
     groups = attribute(node, "group", 1)
-    padding, strides, dilations = _padding(node, x.shape[2:], kernel)
+    padding, strides, dilations = padding_of(node, x.shape[2:], kernel)
     dtype = np.float64 if exact else np.int64  # see _matmul
     matrix = w.astype(dtype).reshape(groups, w.shape[0] // groups, -1)
     padded = np.pad(x, [(0, 0), (0, 0), *padding])
@@ -839,7 +903,7 @@ def _average(node: ir.Node, x: _Codes) -> _Accumulator | None:
 def _average_pool(node: ir.Node, x: IntArray) -> tuple[IntArray, Array]:
     """Window sums, and how many terms the average of each window divides by."""
     kernel = attribute(node, "kernel_shape")
-    padding, strides, dilations = _padding(node, x.shape[2:], kernel)
+    padding, strides, dilations = padding_of(node, x.shape[2:], kernel)
     ones = np.ones((1, 1, *x.shape[2:]), np.int64)
     inside = [(0, 0), (0, 0), *padding]
     include = bool(attribute(node, "count_include_pad", 0))

@@ -117,13 +117,25 @@ class Link(Data):
         """Payload of a flit, in bits."""
         return self.word_bits.value * self.lanes.value * (2 if self.flit == "paired" else 1)
 
-    def check(self, order: Order, *, chunks: int = 2) -> None:
+    def check(
+        self,
+        order: Order,
+        *,
+        channels: int = 2,
+        groups: int = 1,
+        positions: int = 2,
+        chunks: int = 2,
+    ) -> None:
         """Refuse an order that the link cannot have: who shares a stream shares its order.
 
         Parameters
         ----------
         order
             The order.
+        channels, groups
+            Output channels of the layer, and groups of them.
+        positions
+            Positions of the layer.
         chunks
             Windows of an output.
 
@@ -133,16 +145,36 @@ class Link(Data):
             If inputs that serve many channels would need an order for each, or weights that serve
             many positions one for each.
         """
-        if not (self.reuse and order.is_sorted):
+        sizes = {"channel": channels, "position": positions, "chunk": chunks}
+        changing = [loop for loop in self.loops if sizes[loop] > 1]
+        if not (self.reuse and order.is_sorted and changing):
             return
-        inner = [loop for loop in self.loops if loop != "chunk" or chunks > 1][-1]
+        inner = changing[-1]
         kept = {"channel": "inputs", "position": "weights"}.get(inner)
+        if inner == "channel" and channels == groups:  # each has inputs of its own
+            kept = None
         if kept and order.on not in (kept, "separated"):
             raise UsageError(
                 f"the {kept} are sent once for every {inner}, so an order of {order.on} of its own "
                 f"for each {inner} is not available",
                 fix=f"sort on:{kept} or on:separated, or take a link without reuse",
             )
+
+    def words_in(self, flits: int, terms: int) -> int:
+        """How many words the flits of an operand carry; slots that a window does not fill are none.
+
+        Parameters
+        ----------
+        flits
+            All flits of an operand of a layer, of whole samples.
+        terms
+            Terms of an output of that layer.
+        """
+        window, lanes = self.window.value, self.lanes.value
+        whole, rest = divmod(terms, window)
+        # Each of an output's windows is sent equally often.
+        of_output = whole * -(-window // lanes) + -(-rest // lanes)
+        return flits // of_output * terms
 
     def words(self, codes: npt.NDArray[Any]) -> Words:
         """Codes as they are on the wire: two's complement, ``word_bits`` wide.
@@ -269,6 +301,26 @@ class Traffic:
     def chunks(self, window: int) -> list[slice]:
         """The terms of each window of an output."""
         return [slice(k, min(k + window, self.terms)) for k in range(0, self.terms, window)]
+
+    def words_sent(self, link: Link) -> dict[Part, int]:
+        """Words of each operand that are sent, without those that fill flits up.
+
+        With :attr:`Link.reuse`, a window that repeats counts once: that of the inputs where
+        channels are what changes first, that of the weights where positions are.
+        """
+        sizes = {
+            "channel": self.channels,
+            "position": len(self.bases),
+            "chunk": len(self.chunks(link.window.value)),
+        }
+        changing = [loop for loop in link.loops if sizes[loop] > 1]
+        innermost = changing[-1] if link.reuse and changing else None
+        inputs = weights = self.channels * len(self.bases)
+        if innermost == "channel":
+            inputs = self.taps.shape[0] * len(self.bases)
+        elif innermost == "position":
+            weights = self.channels
+        return {"inputs": inputs * self.terms, "weights": weights * self.terms}
 
     def sequence(self, link: Link) -> Iterator[tuple[int, int, int]]:
         """Channel, position and chunk of every window, in the order in which they are sent."""

@@ -178,14 +178,21 @@ def output_dtype(spec: Layer) -> str:
     return spec.output.dtype
 
 
-def parameters(declared: Sequence[tuple[str, Sequence[Expr], str]]) -> list[Buffer]:
-    """Declare the tensor arguments (name, shape, type) and return them as flat buffers."""
+def parameters(
+    declared: Sequence[tuple[str, Sequence[Expr], str]], *, align: int = -1
+) -> list[Buffer]:
+    """Declare the tensor arguments (name, shape, type) and return them as flat buffers.
+
+    They start at multiples of ``align`` bytes; -1: where TVM puts tensors.
+    """
     matched = [
-        T.match_buffer(T.arg(name, T.handle()), tuple(shape), dtype)
+        T.match_buffer(T.arg(name, T.handle()), tuple(shape), dtype, align=align)
         for name, shape, dtype in declared
     ]
     return [
-        T.decl_buffer((prod(shape, start=tirx.IntImm("int64", 1)),), dtype, data=buffer.data)
+        T.decl_buffer(
+            (prod(shape, start=tirx.IntImm("int64", 1)),), dtype, data=buffer.data, align=align
+        )
         for buffer, (_, shape, dtype) in zip(matched, declared, strict=True)
     ]
 
