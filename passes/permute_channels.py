@@ -16,8 +16,9 @@ A *group* is a set of channel axes that share one order: those of a value and of
 its channels on. Operators that work channel by channel join the groups of their operands (a
 residual sum makes one of two), a depthwise convolution passes its group on and is permuted itself;
 through a reshape a channel becomes several entries. A group whose channels reach anything else (an
-output of the model, a concatenation, a constant of a value a channel, a grouped convolution) keeps
-its order.
+output of the model, a concatenation or slice of channels, an operator with a constant for each
+channel, a grouped convolution, a loop or a branch) keeps its order. So do the channels of layers
+whose weights are sent a number of times that is not known (a product with symbolic rows).
 """
 
 from __future__ import annotations
@@ -424,7 +425,12 @@ def _words(layer: _Layer, link: Link) -> Words:
     try:
         return link.words(layer.weights)
     except UsageError as error:
-        raise UsageError(f"weights of {layer.title}: {error.what}", fix=error.fix) from error
+        raise UsageError(
+            f"weights less their zero point: {error.what}",
+            where=f"layer {layer.title!r}",
+            fix="give the layer fewer bits or quantize weights symmetrically, or name a link with "
+            "wider words (permute-channels=link:NAME)",
+        ) from None
 
 
 def _exchanged(total: Callable[[IntArray], int], order: IntArray) -> IntArray:
@@ -477,50 +483,54 @@ def _rows(weights: Array, *, convolution: bool) -> Array:
 
 @tvm.transform.module_pass(opt_level=0, name="PermuteChannels")
 class PermuteChannels:
-    """Permute channels between layers so that the stream of weights toggles less; see the module's
-    docstring.
+    """Permute channels so that the stream of weights toggles less; see the module's docstring.
 
-    Requires: integer layers with constant weights (PartitionForTarget, LowerToInteger; before
-    PackWeights). Ensures: the function computes the same values; the weights of all layers together
-    cause fewer transitions on the link than before, or the module is as it was. The module's
-    attribute ``bitwright.permuted_channels`` says how many in each layer, before and after, and
-    the pass does nothing where it stands.
+    Requires: integer layers with constant weights (PartitionForTarget, LowerToInteger), before
+    MaterializeTransfers and PackWeights. Ensures: the function computes the same values; unsorted,
+    all weights together cause fewer transitions on the link than before, or nothing has changed.
+    The module's attribute ``bitwright.permuted_channels`` tells how many in each layer that takes
+    part, for one sample, before and after; a module that has it is left alone.
 
     Parameters
     ----------
     link
-        Name of a link or of an accelerator that describes one, or a file that describes one; or a
-        :class:`bitwright.targets.link.Link`. Empty: the link of the target.
-    target
-        Name of the accelerator, or a file that describes one (``compile`` sets it from
-        ``--target``).
+        The link: its name, or the path of its description; or a
+        :class:`~bitwright.targets.link.Link`. Empty: that of the accelerator that the layers are
+        partitioned for.
 
     Raises
     ------
     UsageError
-        If there is no such link, or weights are wider than its words.
+        If there is no such link, the accelerator describes none, or weights of a layer, which is
+        named, are wider than its words.
     """
 
-    def __init__(self, link: str | Link = "", target: str = "") -> None:
-        if not link and not target:
-            raise UsageError(
-                "channels are permuted for a link, and none is named",
-                fix="name it: link:ordering-simulator, or a target that describes one",
-            )
-        self.link = link if isinstance(link, Link) else get_link(link or target)
+    def __init__(self, link: str | Link = "") -> None:
+        self.link = link
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite the layers that ``main`` calls."""
-        if PERMUTED in (mod.attrs or {}):
-            return mod
-        return rewriting(self._rewrite)(mod)
+        return mod if mod.get_attr(PERMUTED) is not None else rewriting(self._rewrite)(mod)
 
     def _rewrite(self, mod: Any) -> Any:
         analysis = _Analysis(mod)
-        search = _Search(analysis, self.link)
+        if not analysis.layers:
+            return mod
+        search = _Search(analysis, self._link(mod[analysis.layers[0].functions[0]]))
         for layer in analysis.layers:
             entries = search.entries(layer)
             if any(places is not None for places in entries):
                 for variable in layer.functions:
                     mod[variable] = _rewritten(mod[variable], entries)
         return mod.with_attr(PERMUTED, search.transitions)
+
+    def _link(self, layer: Any) -> Link:
+        if isinstance(self.link, Link):
+            return self.link
+        where = self.link or str(layer.attrs["target"])
+        if not where:
+            raise UsageError(
+                "layers are partitioned for no accelerator, so there is no link",
+                fix="name one: link of permute-channels, or target of partition-for-target",
+            )
+        return get_link(where)
