@@ -23,8 +23,10 @@ whose weights are sent a number of times that is not known (a product with symbo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator as operators
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax
+from tvm import relax, sym, tirx
 
 from bitwright.errors import UsageError
 from bitwright.passes.expressions import (
@@ -165,6 +167,9 @@ class _Analysis:
         )
         self._once = {variable for variable, count in used.items() if count == 1}
         main = mod["main"]
+        first = main.params[0].ty if main.params else None
+        batched = isinstance(first, relax.TensorType) and first.shape is not None and first.ndim
+        self._batch = first.shape[0] if batched else tirx.IntImm("int64", 1)
         if not isinstance(main.body, relax.SeqExpr):
             return
         for block in main.body.blocks:
@@ -298,15 +303,17 @@ class _Analysis:
         spec = read.spec
         depthwise = False
         if isinstance(spec, Convolution):
-            taps, axis, positions = math.prod(spec.kernel), 1, math.prod(spec.output_size)
+            taps, axis, inner = math.prod(spec.kernel), 1, math.prod(spec.output_size)
             depthwise = 1 < spec.groups == spec.in_channels
             if spec.groups > 1 and not depthwise:
                 return None
-        elif isinstance(spec, Matmul) and None not in spec.leading[1:]:
-            taps, axis = 1, len(spec.leading)
-            positions = math.prod(size for size in spec.leading[1:] if size is not None)
+        elif isinstance(spec, Matmul):
+            taps, axis, inner = 1, len(spec.leading), 1
         else:
-            return None  # how often weights are sent is not known
+            return None
+        each = self._each_sample(list(call.args[0].ty.shape)[:axis])
+        if each is None:
+            return None
         weights = _rows(stored, convolution=isinstance(spec, Convolution))
         data = self._channels.get(call.args[0])
         if (data is None and depthwise) or (data is not None and data.axis != axis):
@@ -332,13 +339,22 @@ class _Analysis:
                 [call.op],
                 call.args[0],
                 weights,
-                positions,
+                each * inner,
                 (result.group, self._axis(result, outputs)),
                 inputs,
                 result,
             )
         )
         return result
+
+    def _each_sample(self, sizes: Sequence[Any]) -> int | None:
+        """How many images or rows each sample has; None if that is not known."""
+        count = functools.reduce(operators.mul, sizes)
+        analyzer = sym.Analyzer()
+        each = analyzer.simplify(tirx.floordiv(count, self._batch))
+        if not analyzer.can_prove_equal(each * self._batch, count):
+            each = count  # all that is sent at once
+        return int(each) if isinstance(each, tirx.IntImm | int) else None
 
     def _axis(self, channels: _Channels, entries: int, taps: int = 1) -> Axis:
         size = self.groups.sizes[channels.group]
