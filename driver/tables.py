@@ -438,8 +438,22 @@ def print_applied_passes(result: Passes, artifact: Path) -> None:
             *(str(getattr(entry, heading.replace(" ", "_"))) for heading in counts),
         )
     console.print(table)
+    for entry in result.applied:
+        if entry.weight_transitions:
+            console.print(_weight_transitions(entry.weight_transitions))
     console.print(_layer_table(result.layers, "integer layers"))
     _print_host_operators(console, result.host_operators)
+
+
+def _weight_transitions(layers: Mapping[str, tuple[int, int]]) -> Table:
+    table = new_table(
+        "transitions of weights for one sample, unsorted", ["layer"], ["before", "after", "saved"]
+    )
+    totals = [sum(counts) for counts in zip(*layers.values(), strict=True)]
+    for name, (before, after) in [*layers.items(), ("total", totals)]:
+        saved = units.percent(before - after, before)
+        table.add_row(escape(name), f"{before:,}", f"{after:,}", saved)
+    return table
 
 
 def _memory(accelerator: Accelerator) -> str:

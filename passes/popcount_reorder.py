@@ -49,7 +49,7 @@ from bitwright.targets.orders import Order
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 
-__all__ = ["REASONS", "Measured", "PopcountReorder", "sent_products", "weight_terms"]
+__all__ = ["REASONS", "Measured", "PopcountReorder", "SentProduct", "sent_products", "terms_of"]
 
 REASONS: Final = "bitwright.link.reasons"
 """Attribute of a module: why a layer has an order or none, where ``auto`` decided."""
@@ -180,17 +180,26 @@ def _refuse(transfer: Any, what: str, why: str) -> None:
     )
 
 
-def weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Constant weights of a product as rows of terms: shape (channels, terms)."""
     if operator(call) == "matmul":
         if codes.ndim != 2:
-            raise UsageError(f"weights of {codes.ndim} axes cannot be reordered; 2 can")
+            raise UsageError(
+                f"weights of {codes.ndim} axes cannot be sorted; those of 2 axes can",
+                fix="reshape them, or sort on:inputs",
+            )
         return codes.T
     return codes.reshape(codes.shape[0], -1)
 
 
-def _terms(call: Any) -> int:
-    """How many products a sum has."""
+def terms_of(call: Any) -> int:
+    """How many terms each sum of a product has.
+
+    Raises
+    ------
+    UsageError
+        If it depends on a symbolic size.
+    """
     shape = static_shape(call.args[1])
     sizes = shape and (shape[-2:-1] if operator(call) == "matmul" else shape[1:])
     if not sizes or None in sizes:
@@ -336,7 +345,7 @@ class PopcountReorder:
         """Note the order of a product's operands; say why, unless it was asked for."""
         link = link_of(inputs)
         order = self.order(link)
-        terms = _terms(product.call)
+        terms = terms_of(product.call)
         if self.window is not None:
             if self.window > terms:
                 raise UsageError(
@@ -349,15 +358,16 @@ class PopcountReorder:
         codes = constant(weights.args[0])
         sizes = _sizes(product.call)
         link.check(order, **sizes, chunks=-(-terms // link.window.value))
+        insert, reason = True, ""
         if order.key == "chain" and codes is None:
-            return "left unsorted: its weights are computed, and a chain is one of constants"
-        reason = ""
-        if self.auto:
+            insert = False
+            reason = "left unsorted: its weights are computed, and a chain is one of constants"
+        elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
             insert, reason = self._worth(product.layer, order, link, unit=unit)
-            if not insert and self.window is None:
-                return reason
-            order = order if insert else Order()
+        if not insert and self.window is None:
+            return reason
+        order = order if insert else Order()
         text = link.model_dump_json(exclude_none=True)
         variables = {"inputs": product.inputs, "weights": product.weights}
         # Pairs move together: both are keyed on the same operand.
@@ -377,7 +387,7 @@ class PopcountReorder:
             if key is not None and key not in sorts:
                 words = None
                 if keyed == "weights" and codes is not None:
-                    words = link.words(weight_terms(product.call, codes))
+                    words = link.words(_weight_terms(product.call, codes))
                 sorts[key] = self._sort(
                     product.layer, keyed, words, order, link, sizes["positions"]
                 )
