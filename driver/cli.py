@@ -215,7 +215,7 @@ ChosenLoopBits = Annotated[
     int, typer.Option(help="The same in loops (LSTM, GRU, Scan, ...): 8, 16, or 32, float.")
 ]
 CalibrationBatch = Annotated[
-    int | None, typer.Option(help="Samples of one calibration run \[default: to fit memory].")
+    int | None, typer.Option(help="Samples of one calibration run \\[default: to fit memory].")
 ]
 InputShape = Annotated[
     list[str] | None,
@@ -415,7 +415,7 @@ def compile_(
         str | None,
         typer.Option(
             help="An accelerator (bitwright targets), or a description (.yaml) "
-            "\[default: that of the study of --plan DIR#3]."
+            "\\[default: that of the study of --plan DIR#3]."
         ),
     ] = None,
     precision: PrecisionOfAll = None,
@@ -492,14 +492,14 @@ def run(
         ),
     ] = "top1",
     float_model: Annotated[
-        Path | None, _file_option("--float", help="The float model \[default: what was compiled].")
+        Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
     ] = None,
     reference: Annotated[
         bool, typer.Option(help="Run the integer reference too, which is slow.")
     ] = True,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 64,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of the artefact \[default: one a processor].")
+        int | None, typer.Option(help="Threads of the artefact \\[default: one a processor].")
     ] = None,
     count_transitions: Annotated[
         bool,
@@ -633,7 +633,7 @@ def link(
         str | None,
         typer.Option(
             help="A link: ordering-simulator, that of an accelerator, or a description (.yaml) "
-            "\[default: that of the artefact's target, or ordering-simulator]."
+            "\\[default: that of the artefact's target, or ordering-simulator]."
         ),
     ] = None,
     order: Annotated[
@@ -641,14 +641,14 @@ def link(
         typer.Option(
             metavar="KEY=OPTION:VALUE",
             help="popcount, gray-rank, popcount=buckets:4:map:quantile:on:inputs, nearest, ... "
-            "\[default: the link's, exact and with 4 buckets].",
+            "\\[default: the link's, exact and with 4 buckets].",
         ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Terms that are ordered at once \[default: the link's].")
+        int | None, typer.Option(help="Terms that are ordered at once \\[default: the link's].")
     ] = None,
     flit_bits: Annotated[
-        int | None, typer.Option(help="Payload of a flit \[default: the link's].")
+        int | None, typer.Option(help="Payload of a flit \\[default: the link's].")
     ] = None,
     precision: PrecisionOfAll = None,
     plan: PlanFile = None,
@@ -715,12 +715,12 @@ MetricName = Annotated[
     ),
 ]
 Precisions = Annotated[
-    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \[default: all allowed].")
+    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
 UsedSamples = Annotated[
-    int | None, typer.Option(help="Validation samples to use \[default: all].")
+    int | None, typer.Option(help="Validation samples to use \\[default: all].")
 ]
 VectorValues = Annotated[
     int, typer.Option(help="Values beside the weights that count as memory, at 16 bits each.")
@@ -832,7 +832,7 @@ def search(
     population: Annotated[int, typer.Option(help="Plans of a population.")] = 40,
     offspring: Annotated[int, typer.Option(help="New plans of a generation.")] = 10,
     generations: Annotated[
-        int | None, typer.Option(help="Generations, the first one counted \[default: 60].")
+        int | None, typer.Option(help="Generations, the first one counted \\[default: 60].")
     ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Stop after so many different plans.")
@@ -932,7 +932,7 @@ def front(
         typer.Option(metavar="LIMIT", help="Pick the best plan that meets limits: error<=+1pp."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="What it is best in \[default: the first gain].")
+        str | None, typer.Option(help="What it is best in \\[default: the first gain].")
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print the names of plans alone: DIR#number.")

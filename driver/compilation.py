@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import platform
 import re
 import shutil
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
@@ -256,8 +257,8 @@ def compile(  # noqa: A001 - the command's name
     check_operators(loaded)
 
     quantized, float_model = loaded, None
-    if calibration is not None:
-        samples = Samples(calibration, loaded.inputs)
+    samples = None if calibration is None else Samples(calibration, loaded.inputs)
+    if samples is not None:
         result = quantize_model(loaded, complete, samples, progress=progress, **options)
         complete = result.plan
         quantized = load(result.model)
@@ -277,7 +278,12 @@ def compile(  # noqa: A001 - the command's name
     log = folder.with_name(f"{folder.name}.bitwright-error.log")
     with _told_in_one_sentence(log, layer_nodes(quantized)):
         built = build(
-            import_model(quantized), accelerator, pipeline=pipeline, dump_ir=dumps, progress=step
+            import_model(quantized),
+            accelerator,
+            pipeline=pipeline,
+            measured=_measured(quantized, samples, pipeline, target),
+            dump_ir=dumps,
+            progress=step,
         )
         manifest: dict[str, Any] = {
             "target": accelerator.name,
@@ -374,6 +380,43 @@ def _pipeline(passes: str, target: str | Path) -> Any:
     name = "partition-for-target"
     option = {"target": str(target), **pipeline.options[name]}
     return Pipeline({**pipeline.options, name: option})
+
+
+class _Lazily(Mapping[str, Any]):
+    """A mapping that is made when somebody looks into it."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = functools.cache(make)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._make()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make())
+
+    def __len__(self) -> int:
+        return len(self._make())
+
+
+def _measured(
+    model: Model, samples: Samples | None, pipeline: Any, target: str | Path
+) -> Mapping[str, Any] | None:
+    """What layers send on the calibration samples, measured if a pass asks."""
+    if samples is None or "popcount-reorder" not in pipeline.options:
+        return None
+    from bitwright.linking import measure, sized
+    from bitwright.passes.popcount_reorder import PopcountReorder
+
+    reorder = PopcountReorder(**pipeline.options["popcount-reorder"])
+    named = pipeline.options["materialize-transfers"].get("link") or target
+    form = pipeline.options["lower-to-integer"].get("requantization", "float")
+
+    def make() -> Mapping[str, Any]:
+        link = targets.get_link(named)
+        order = reorder.order(link)
+        return measure(model, samples, sized(link, reorder.window), [order], requantization=form)
+
+    return _Lazily(make)
 
 
 def _check_compiler() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.targets.link import Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
+from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 from bitwright.transitions import (
     ROW_MAJOR,
@@ -38,7 +39,10 @@ from bitwright.transitions import (
 )
 from bitwright.vocabulary import Precision, PrecisionPlan
 
-__all__ = ["LayerStream", "link", "streams"]
+if TYPE_CHECKING:
+    from bitwright.passes.popcount_reorder import Measured
+
+__all__ = ["LayerStream", "check_stream", "link", "measure", "sized", "streams"]
 
 DEFAULT_LINK: Final = "ordering-simulator"
 
@@ -264,7 +268,8 @@ class _Counter:
             if str(order) not in sent and str(order) not in self._refused[name]:
                 sent[str(order)] = self._send(stream, self._link, order)
         reason = "; ".join(
-            f"{order} is not available: {error.what}" for order, error in self._refused[name].items()
+            f"{order} is not available: {error.what}"
+            for order, error in self._refused[name].items()
         )
         found = LayerTransitions(name, sent, reason)
         self._layers[name] = self._layers[name] + found if name in self._layers else found
@@ -272,10 +277,11 @@ class _Counter:
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
         from bitwright.targets.kernels.link import LayerKernel
 
-        chunks = len(stream.traffic.chunks(self._link.window.value))
         for order in self._orders:
             try:
-                self._link.check(order, chunks=chunks)
+                stream.traffic.check(self._link, order)
+                if order.key == "chain" and not stream.constant:
+                    raise UsageError("its weights are computed, and a chain is one of constants")
                 LayerKernel.of(self._link, order, "int8", "int8", 64)
             except UsageError as error:
                 yield str(order), error
@@ -300,43 +306,40 @@ class _Counter:
         return Sent(parts, len(stream.inputs) * _words_sorted(stream, link, order))
 
     def _sort(self, stream: LayerStream, order: Order) -> _Sort:
-        if not order.is_sorted:
-            return _Sort({}, None)
         known = self._sorts.get((stream.traffic.layer, order))
         if known is None:
-            known = _Sort({part: self._table(stream, order, part) for part in _keyed(order)}, None)
-        if known.places is None and "weights" in known.tables:
-            from bitwright.targets.kernels.link import positions
+            keyed = [part for part in _keyed(order) if part == "inputs" or not stream.constant]
+            places = None
+            if stream.constant and order.orders_weights:
+                words, positions = self._link.words(stream.weights), len(stream.traffic.bases)
+                places = constant_places(words, self._link, order, positions=positions)
+            known = _Sort({part: self._table(stream, order, part) for part in keyed}, places)
+            self._sorts[stream.traffic.layer, order] = known
+        if "weights" in known.tables:  # computed, so their places are those of one run
+            from bitwright.targets.kernels.link import positions as sorted_places
 
             table, window = known.tables["weights"], self._link.window.value
-            known = replace(known, places=positions(stream.weights, table, window))
-        # Places of weights that are computed are those of one run.
-        kept = known if stream.constant else replace(known, places=None)
-        self._sorts[stream.traffic.layer, order] = kept
+            return replace(known, places=sorted_places(stream.weights, table, window))
         return known
 
     def _table(
         self, stream: LayerStream, order: Order, part: Literal["inputs", "weights"]
     ) -> npt.NDArray[np.uint16]:
-        bits = self._link.word_bits.value
         histogram = None
         if order.needs_histogram:
-            if part == "weights" and stream.constant:
-                histogram = _histogram(self._link, stream.weights)
-            else:
-                histogram = self._histograms[stream.traffic.layer][part]
-        return order.table(bits, histogram)
+            histogram = self._histograms[stream.traffic.layer][part]
+        return order.table(self._link.word_bits.value, histogram)
 
 
 def _keyed(order: Order) -> tuple[Literal["inputs", "weights"], ...]:
-    """The operands whose words an order looks at."""
+    """The operands that an order sorts by a table."""
+    if not order.is_sorted:
+        return ()
     return _PARTS if order.on == "separated" else (order.on,)
 
 
 def _words_sorted(stream: LayerStream, link: Link, order: Order) -> int:
     """Words that a unit in front of the link orders; constants are ordered before."""
-    if not order.is_sorted:
-        return 0
     sent = stream.traffic.words_sent(link)
     keyed = [part for part in _keyed(order) if part == "inputs" or not stream.constant]
     return sum(sent[part] for part in keyed)
@@ -383,7 +386,9 @@ class _Profile:
         key = stream.traffic.layer, stream.inputs.shape[1]
         if key not in self._uses:
             self._uses[key] = _uses(stream.traffic, key[1])
-        found = {"inputs": _histogram(self._link, stream.inputs, self._uses[key])}
+        found: dict[Part, Histogram] = {
+            "inputs": _histogram(self._link, stream.inputs, self._uses[key])
+        }
         if not stream.constant:
             found["weights"] = _histogram(self._link, stream.weights)
         known = self.histograms.setdefault(key[0], {})
@@ -601,30 +606,17 @@ def _count(
     progress: ProgressCallback | None,
 ) -> Transitions:
     notes = []
-    profile = _Profile(link)
-    profiled = tuning or samples
     needs_profile = any(
         order.needs_histogram and (order.on != "weights" or _has_products_of_activations(model))
         for order in orders
     )
-    total = len(samples) + (len(profiled) if needs_profile else 0)
-    done = 0
-
-    def feed(given: Samples, take: Callable[[LayerStream], None]) -> None:
-        nonlocal done
-        reference = streams(model, take, form)
-        for batch in given.batches(1):
-            reference.run(batch.inputs)
-            counter.check()
-            done += batch.samples
-            if progress is not None:
-                progress(done, total)
-
-    counter = _Counter(link, orders, profile.histograms)
+    profile, profiled = _Profile(link), tuning or samples
+    passes: list[tuple[Samples, Callable[[LayerStream], None]]] = []
     if needs_profile:
-        feed(profiled, profile.take)
+        passes.append((profiled, profile.take))
         which = "the calibration samples" if tuning else "the data that is counted"
         notes.append(f"bucket maps of inputs are made from {which}")
+    counter = _Counter(link, orders, profile.histograms)
 
     def take(stream: LayerStream) -> None:
         if whole_windows and stream.traffic.terms < link.window.value:
@@ -637,7 +629,7 @@ def _count(
             )
         counter.take(stream)
 
-    feed(samples, take)
+    _feed(model, [*passes, (samples, take)], form, counter.check, progress)
     layers = counter.finish()
     if not layers:
         raise ModelError(
@@ -659,6 +651,85 @@ def _count(
         skipped=skipped,
         notes=tuple(notes),
     )
+
+
+def _feed(
+    model: Model,
+    passes: Sequence[tuple[Samples, Callable[[LayerStream], None]]],
+    form: RequantizationForm,
+    check: Callable[[], None],
+    progress: ProgressCallback | None,
+) -> None:
+    """Run a model on samples, one by one, and hand on what its layers send."""
+    total, done = sum(len(samples) for samples, _ in passes), 0
+    for samples, take in passes:
+        reference = streams(model, take, form)
+        for batch in samples.batches(1):
+            reference.run(batch.inputs)
+            check()
+            done += batch.samples
+            if progress is not None:
+                progress(done, total)
+
+
+def measure(
+    model: Model,
+    samples: Samples,
+    link: Link,
+    orders: Sequence[Order],
+    *,
+    requantization: RequantizationForm = "float",
+    progress: ProgressCallback | None = None,
+) -> dict[str, Measured]:
+    """What the layers of a model send: for passes that choose orders, and bucket maps.
+
+    Parameters
+    ----------
+    model
+        A quantized model.
+    samples
+        Calibration samples.
+    link
+        The link.
+    orders
+        Orders to count beside sending unsorted; those a layer cannot have are left out there.
+    requantization
+        As in :class:`~bitwright.quant.reference.Reference`.
+    progress
+        Called with samples done and in total.
+
+    Returns
+    -------
+    dict
+        Layer to what was measured. Words of histograms count once for each window of a channel that
+        they are in.
+
+    Raises
+    ------
+    UsageError
+        If codes are wider than the words of the link, or no layer can have an order.
+    """
+    from bitwright.passes.popcount_reorder import Measured
+
+    profile = _Profile(link)
+    counter = _Counter(link, orders, profile.histograms)
+
+    def take_both(stream: LayerStream) -> None:
+        profile.take(stream)
+        counter.take(stream)
+
+    passes: list[tuple[Samples, Callable[[LayerStream], None]]] = [(samples, take_both)]
+    if any(order.needs_histogram for order in orders):  # all of it, before an order is made
+        passes = [(samples, profile.take), (samples, counter.take)]
+    _feed(model, passes, requantization, counter.check, progress)
+    return {
+        layer.layer: Measured(
+            profile.histograms[layer.layer],
+            {order: sent.transitions for order, sent in layer.sent.items()},
+            {order: sent.words_sorted for order, sent in layer.sent.items()},
+        )
+        for layer in counter.finish()
+    }
 
 
 def _has_products_of_activations(model: Model) -> bool:

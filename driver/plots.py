@@ -233,8 +233,9 @@ def transitions_page(result: Transitions) -> str:
     title = f"{Path(result.source).name}: bit transitions on the link"
     wire = result.link
     said = (
-        f"{result.samples:,} samples; {wire.flit} flits of {wire.flit_bits} bits, {packing}, windows "
-        f"of {wire.window.value} terms; {wire.energy_pj_per_transition.value:g} pJ a transition"
+        f"{result.samples:,} samples; {wire.flit} flits of {wire.flit_bits} bits, {packing}, "
+        f"windows of {wire.window.value} terms; "
+        f"{wire.energy_pj_per_transition.value:g} pJ a transition"
     )
     bottom = heat_rows * (heat_height + 90) - 90
     figure.update_layout(

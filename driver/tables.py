@@ -349,7 +349,7 @@ def print_transitions(result: Transitions) -> None:
             f"{total.words_sorted:,}" if total.needs_unit else "-",
             units.energy(unit) if total.needs_unit else "-",
             "-" if even is None else f"{even:.3g} pJ/word",
-            "-" if net is None or order in baselines else f"{net / 1e3:,.4g} nJ",
+            "-" if net is None or order in baselines else _signed_energy(net),
         )
     console.print(table)
     if any(not result.total(o).needs_unit for o in result.orders if Order.parse(o).is_sorted):
@@ -363,6 +363,10 @@ def print_transitions(result: Transitions) -> None:
             console.print(f"{escape(entry.layer)}: {escape(entry.reason)}")
     for name, reason in result.skipped.items():
         console.print(f"not counted: {escape(name)}: {escape(reason)}")
+
+
+def _signed_energy(pj: float) -> str:
+    return ("-" if pj < 0 else "") + units.energy(abs(pj))
 
 
 def _add_sent(table: Table, name: str, result: Transitions, sent: Sequence[Sent]) -> None:

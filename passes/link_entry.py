@@ -42,7 +42,7 @@ from bitwright.passes.expressions import (
 )
 from bitwright.passes.materialize_transfers import SKIPPED, drop_transfers, link_of
 from bitwright.passes.pack_weights import PARAMETER_NAMES, Parameters
-from bitwright.passes.popcount_reorder import REASONS, sent_products
+from bitwright.passes.popcount_reorder import REASONS, SentProduct, sent_products, terms_of
 from bitwright.targets.codegen import IntegerLayer, read_layer
 from bitwright.targets.kernels.link import LayerKernel, kernel, positions_kernel
 from bitwright.targets.kernels.spec import ActivationMatmul, Convolution, Matmul, Operand
@@ -149,7 +149,7 @@ def take_transfers(mod: Any) -> tuple[Any, Transfers]:
     return mod, Transfers(layers, skipped)
 
 
-def _sent_layer(product: Any, bound: Mapping[Any, Any], reason: str) -> SentLayer:
+def _sent_layer(product: SentProduct, bound: Mapping[Any, Any], reason: str) -> SentLayer:
     inputs, weights = bound[product.inputs], bound[product.weights]
     tables: dict[str, Array] = {}
     places = None
@@ -161,8 +161,6 @@ def _sent_layer(product: Any, bound: Mapping[Any, Any], reason: str) -> SentLaye
             tables[str(found.attrs["operand"])] = table
         elif found is not None:
             places = constant(found)
-    shape = [int(dim) for dim in product.call.args[1].ty.shape]
-    terms = shape[-2] if operator(product.call) == "matmul" else math.prod(shape[1:])
     order = Order.parse(str(inputs.attrs["order"]))
     by_unit: list[Literal["inputs", "weights"]] = []
     if "inputs" in tables:
@@ -170,7 +168,14 @@ def _sent_layer(product: Any, bound: Mapping[Any, Any], reason: str) -> SentLaye
     if "weights" in tables:
         by_unit.append("weights")
     return SentLayer(
-        product.layer, link_of(inputs), order, terms, tuple(by_unit), places, tables, reason
+        product.layer,
+        link_of(inputs),
+        order,
+        terms_of(product.call),
+        tuple(by_unit),
+        places,
+        tables,
+        reason,
     )
 
 
@@ -346,7 +351,7 @@ class _Entry:
     ) -> Any:
         """Place of each weight in its window."""
         batch, channels, terms = operands.w.ty.shape
-        if not order.is_sorted or order.on == "inputs":
+        if not order.orders_weights:
             unsorted = (np.arange(sent.terms) % link.window.value).astype(np.uint8)
             one = relax.const(unsorted.reshape(1, 1, -1))
             return rewriter.emit(relax.op.broadcast_to(one, (batch, channels, terms)))
@@ -401,7 +406,7 @@ class _Entry:
             groups=spec.groups,
         )
         images = data.ty.shape[0]
-        samples, each = self._samples(images)
+        samples, each = self._samples([images])
         x = data
         if any(spec.pads):
             widths = [number for pair in ((0, 0), *traffic.pads) for number in pair]
@@ -426,7 +431,7 @@ class _Entry:
         self, rewriter: CallRewriter, spec: Matmul, sent: SentLayer, data: Any, codes: Any
     ) -> _Operands:
         leading = list(data.ty.shape)[:-1]
-        samples, rows = self._samples(_product(leading))
+        samples, rows = self._samples(leading)
         x = rewriter.emit(relax.op.reshape(data, (samples, rows * spec.depth)))
         turned = rewriter.emit(relax.op.permute_dims(codes, [1, 0]))
         w = rewriter.emit(relax.op.reshape(turned, (1, spec.columns, spec.depth)))
@@ -454,7 +459,7 @@ class _Entry:
                 list(left.ty.shape)[:-2], list(right.ty.shape)[:-2], strict=True
             )
         ]
-        samples, products = self._samples(_product(outer))
+        samples, products = self._samples(outer)
         left = _broadcast(rewriter, left, [*outer, rows, depth])
         right = _broadcast(rewriter, right, [*outer, depth, columns])
         x = rewriter.emit(relax.op.reshape(left, (samples, products * rows * depth)))
@@ -477,12 +482,11 @@ class _Entry:
             x, rewriter.emit(w), bases, taps, samples, products * columns, rows, shaped
         )
 
-    def _samples(self, count: Any) -> tuple[Any, Any]:
-        """How many samples a number of rows or images is for, and how many each has."""
-        analyzer = sym.Analyzer()
-        each = analyzer.simplify(tirx.floordiv(count, self.batch))
-        if analyzer.can_prove_equal(each * self.batch, count):
-            return self.batch, each
+    def _samples(self, sizes: Sequence[Any]) -> tuple[Any, Any]:
+        """How many samples axes are for, of which the first holds them, and how many each has."""
+        count, analyzer = _product(sizes), sym.Analyzer()
+        if sizes and analyzer.can_prove_equal(tirx.floormod(sizes[0], self.batch), 0):
+            return self.batch, analyzer.simplify(tirx.floordiv(count, self.batch))
         self.batched = False
         return tirx.IntImm("int64", 1), count
 
@@ -558,7 +562,7 @@ def _broadcast(rewriter: CallRewriter, operand: Any, shape: Sequence[Any]) -> An
 
 
 def _is_one(size: Any) -> bool:
-    return getattr(size, "value", size) == 1
+    return isinstance(size, int | tirx.IntImm) and int(size) == 1
 
 
 def _product(sizes: Sequence[Any]) -> Any:

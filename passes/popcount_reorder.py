@@ -22,6 +22,7 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
@@ -45,9 +46,10 @@ from bitwright.passes.expressions import (
 from bitwright.passes.materialize_transfers import link_of
 from bitwright.targets.link import Link, Part
 from bitwright.targets.orders import Order
+from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
 
-__all__ = ["REASONS", "Measured", "PopcountReorder", "sent_products", "weight_terms"]
+__all__ = ["REASONS", "Measured", "PopcountReorder", "SentProduct", "sent_products", "terms_of"]
 
 REASONS: Final = "bitwright.link.reasons"
 """Attribute of a module: why a layer has an order or none, where ``auto`` decided."""
@@ -178,17 +180,26 @@ def _refuse(transfer: Any, what: str, why: str) -> None:
     )
 
 
-def weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _weight_terms(call: Any, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Constant weights of a product as rows of terms: shape (channels, terms)."""
     if operator(call) == "matmul":
         if codes.ndim != 2:
-            raise UsageError(f"weights of {codes.ndim} axes cannot be reordered; 2 can")
+            raise UsageError(
+                f"weights of {codes.ndim} axes cannot be sorted; those of 2 axes can",
+                fix="reshape them, or sort on:inputs",
+            )
         return codes.T
     return codes.reshape(codes.shape[0], -1)
 
 
-def _terms(call: Any) -> int:
-    """How many products a sum has."""
+def terms_of(call: Any) -> int:
+    """How many terms each sum of a product has.
+
+    Raises
+    ------
+    UsageError
+        If it depends on a symbolic size.
+    """
     shape = static_shape(call.args[1])
     sizes = shape and (shape[-2:-1] if operator(call) == "matmul" else shape[1:])
     if not sizes or None in sizes:
@@ -199,32 +210,18 @@ def _terms(call: Any) -> int:
     return int(np.prod([size for size in sizes if size is not None]))
 
 
-def places_of(
-    words: npt.NDArray[Any], table: npt.NDArray[Any], window: int
-) -> npt.NDArray[np.uint8]:
-    """Place of each term in its window, in the stable sort by buckets.
-
-    Parameters
-    ----------
-    words
-        Shape (channels, terms).
-    table
-        Bucket of every word.
-    window
-        Terms of a window; the last one may have fewer.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8, shape (channels, terms).
-    """
-    buckets = table[words]
-    places = np.empty(words.shape, np.uint8)
-    for start in range(0, words.shape[1], window):
-        # The same as the counting sort, which needs room for each bucket.
-        ranked = np.argsort(buckets[:, start : start + window], axis=1, kind="stable")
-        places[:, start : start + window] = np.argsort(ranked, axis=1)
-    return places
+def _sizes(call: Any) -> dict[str, int]:
+    """Channels, groups and positions of a product; 2 positions stand for any unknown number."""
+    shape, weights = static_shape(call), static_shape(call.args[1])
+    assert weights is not None
+    if operator(call) == "matmul":
+        channels, groups, places = weights[-1], 1, None if shape is None else shape[1:-1]
+    else:
+        channels, groups = weights[0], int(call.attrs.groups)
+        places = None if shape is None else shape[2:]
+    known = places is not None and None not in places
+    positions = math.prod(size or 1 for size in places or ()) if known else 2
+    return {"channels": channels or 2, "groups": groups, "positions": positions}
 
 
 @tvm.transform.module_pass(opt_level=0, name="PopcountReorder")
@@ -239,8 +236,8 @@ class PopcountReorder:
     Parameters
     ----------
     key
-        ``popcount``, ``gray-rank``, or ``none``. This and the next five: left out, as the link's
-        own order says.
+        ``popcount``, ``gray-rank``, ``chain`` (each constant weight next to the nearest that is
+        left), or ``none``. This and the next five: left out, as the link's own order says.
     on
         Whose words are sorted: ``weights``, ``inputs``, or ``separated``.
     buckets
@@ -291,8 +288,8 @@ class PopcountReorder:
         order = replace(Order("popcount"), **self._options)
         if order.key == "nearest":
             raise UsageError(
-                "nearest is a bound that no unit computes",
-                fix="choose popcount or gray-rank; bitwright link --order nearest counts it",
+                "nearest looks at all that is sent, which no unit does",
+                fix="choose popcount, gray-rank or chain; bitwright link --order nearest counts it",
             )
         if window is not None and not 2 <= window <= _LONGEST_WINDOW:
             raise UsageError(f"a window has 2 to {_LONGEST_WINDOW} terms, not {window}")
@@ -306,10 +303,6 @@ class PopcountReorder:
         if order.key in ("none", "nearest") and "key" not in self._options:
             order = Order("popcount")
         return replace(order, **self._options)
-
-    def needs_samples(self, link: Link) -> bool:
-        """Whether ``measured`` is asked for: ``auto``, or a map that depends on activations."""
-        return self.auto or self.order(link).needs_histogram
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite every Relax function."""
@@ -352,7 +345,7 @@ class PopcountReorder:
         """Note the order of a product's operands; say why, unless it was asked for."""
         link = link_of(inputs)
         order = self.order(link)
-        terms = _terms(product.call)
+        terms = terms_of(product.call)
         if self.window is not None:
             if self.window > terms:
                 raise UsageError(
@@ -362,15 +355,19 @@ class PopcountReorder:
                 )
             window = Number[int](value=self.window, source=link.window.source)
             link = link.model_copy(update={"window": window})
-        link.check(order, chunks=-(-terms // link.window.value))
         codes = constant(weights.args[0])
-        reason = ""
-        if self.auto:
+        sizes = _sizes(product.call)
+        link.check(order, **sizes, chunks=-(-terms // link.window.value))
+        insert, reason = True, ""
+        if order.key == "chain" and codes is None:
+            insert = False
+            reason = "left unsorted: its weights are computed, and a chain is one of constants"
+        elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
             insert, reason = self._worth(product.layer, order, link, unit=unit)
-            if not insert and self.window is None:
-                return reason
-            order = order if insert else Order()
+        if not insert and self.window is None:
+            return reason
+        order = order if insert else Order()
         text = link.model_dump_json(exclude_none=True)
         variables = {"inputs": product.inputs, "weights": product.weights}
         # Pairs move together: both are keyed on the same operand.
@@ -378,7 +375,8 @@ class PopcountReorder:
         windows = f"{operator(product.call)} {product.call.attrs} {shape}"
         for operand, var in variables.items():
             keyed = operand if order.on == "separated" else order.on
-            key = variables[keyed] if order.is_sorted else None
+            moved = order.is_sorted or order.orders_weights
+            key = variables[keyed] if moved else None
             change = _Change(order, text, key, windows)
             if changes.setdefault(var, change) != change:
                 raise UsageError(
@@ -389,8 +387,10 @@ class PopcountReorder:
             if key is not None and key not in sorts:
                 words = None
                 if keyed == "weights" and codes is not None:
-                    words = link.words(weight_terms(product.call, codes))
-                sorts[key] = self._sort(product.layer, keyed, words, order, link)
+                    words = link.words(_weight_terms(product.call, codes))
+                sorts[key] = self._sort(
+                    product.layer, keyed, words, order, link, sizes["positions"]
+                )
         return reason
 
     def _sort(
@@ -400,17 +400,14 @@ class PopcountReorder:
         words: npt.NDArray[np.uint16] | None,
         order: Order,
         link: Link,
+        positions: int,
     ) -> _Sort:
         """The places of constant words, or the table by which a unit sorts others."""
-        histogram = None
-        if order.needs_histogram and words is not None:
-            histogram = np.bincount(words.ravel(), minlength=1 << link.word_bits.value)
-        elif order.needs_histogram:
-            histogram = self._histogram(layer, part)
-        table = order.table(link.word_bits.value, histogram)
-        if words is None:
-            return _Sort(table=relax.const(table))
-        return _Sort(places=relax.const(places_of(words, table, link.window.value)))
+        if words is not None:
+            places = constant_places(words, link, order, positions=positions)
+            return _Sort(places=relax.const(places))
+        histogram = self._histogram(layer, part) if order.needs_histogram else None
+        return _Sort(table=relax.const(order.table(link.word_bits.value, histogram)))
 
     def _histogram(self, layer: str, part: Part) -> npt.NDArray[np.int64]:
         measured = (self.measured or {}).get(layer)

@@ -56,8 +56,9 @@ class _Codes:
     """A quantized tensor behind DequantizeLinear.
 
     ``scale`` and ``zero_point`` broadcast against ``codes``, which have ``bits`` bits and are
-    ``signed`` or not. ``quantization`` describes them where the scale is one number; it is None for per-channel scales
-    and for 32-bit biases. ``stored`` says whether the codes are constants of the model.
+    ``signed`` or not. ``quantization`` describes them where the scale is one number; it is None for
+    per-channel scales and for 32-bit biases. ``stored`` says whether the codes are constants of the
+    model.
     """
 
     codes: IntArray
@@ -631,11 +632,11 @@ class Reference:
                 return None
             result = _with_bias(result, bias, behind if node.op_type == "Conv" else 0)
         if result is not None and self._observe is not None:
-            pair = (
+            first, second = (
                 Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
                 for entry in (data, weights)
             )
-            self._observe(Operands(node, *pair, weights_left, weights.stored))
+            self._observe(Operands(node, first, second, weights_left, weights.stored))
         return result
 
 

@@ -147,7 +147,7 @@ class Link(Data):
         """
         sizes = {"channel": channels, "position": positions, "chunk": chunks}
         changing = [loop for loop in self.loops if sizes[loop] > 1]
-        if not (self.reuse and order.is_sorted and changing):
+        if not (self.reuse and (order.is_sorted or order.orders_weights) and changing):
             return
         inner = changing[-1]
         kept = {"channel": "inputs", "position": "weights"}.get(inner)
@@ -322,6 +322,16 @@ class Traffic:
             weights = self.channels
         return {"inputs": inputs * self.terms, "weights": weights * self.terms}
 
+    def check(self, link: Link, order: Order) -> None:
+        """Refuse an order that a link cannot have for this layer, as :meth:`Link.check` does."""
+        link.check(
+            order,
+            channels=self.channels,
+            groups=len(self.taps),
+            positions=len(self.bases),
+            chunks=len(self.chunks(link.window.value)),
+        )
+
     def sequence(self, link: Link) -> Iterator[tuple[int, int, int]]:
         """Channel, position and chunk of every window, in the order in which they are sent."""
         sizes = {
@@ -366,6 +376,7 @@ def flits(
     link: Link,
     order: Order,
     tables: Mapping[Part, npt.NDArray[np.uint16]],
+    places: npt.NDArray[np.uint8] | None = None,
 ) -> dict[Part, Words]:
     """All flits of a layer for one sample, each operand's words apart.
 
@@ -381,6 +392,8 @@ def flits(
         How they are sent.
     tables
         Bucket of every word (:meth:`Order.table`), for the operands that are sorted by their own.
+    places
+        Place of each weight in its window, for a chain; shape (channels, terms).
 
     Returns
     -------
@@ -399,6 +412,9 @@ def flits(
         x = inputs[traffic.bases[position] + taps]
         w = weights[channel, span]
         places_x = places_w = np.arange(len(x))
+        if order.key == "chain":
+            assert places is not None
+            places_x = places_w = places[channel, span].astype(np.int64)
         if order.is_sorted:
             if order.on != "weights":
                 places_x = counting_sort(tables["inputs"][x])
@@ -418,9 +434,9 @@ def flits(
             ("inputs", x, places_x),
             ("weights", w, places_w),
         )
-        for part, words, places in operands:
+        for part, words, ranks in operands:
             if not (link.reuse and last.get(part) == sent[part]):
-                parts[part].append(_pack(words, places, link, turned))
+                parts[part].append(_pack(words, ranks, link, turned))
         last = sent
         if "index" in parts:
             index = np.empty_like(places_x)

@@ -20,6 +20,7 @@ __all__ = [
     "BucketMap",
     "Key",
     "Order",
+    "calibrated_map",
     "check_map",
     "counting_sort",
     "key_count",
@@ -36,6 +37,8 @@ BucketMap = tuple[int, ...]
 
 WORD_BITS: Final = 16
 """The widest word that there is a table for."""
+
+_BORDERS: Final = 256  # places where a bucket of a calibrated map may begin
 
 
 def key_count(key: Key, word_bits: int) -> int:
@@ -98,6 +101,56 @@ def quantile_map(histogram: Sequence[float] | npt.NDArray[Any], buckets: int) ->
         starts.append(lowest + int(np.argmin(np.abs(borders - bucket / buckets))))
     found = np.zeros(count, np.int64)
     found[starts[1:]] = 1
+    return tuple(int(bucket) for bucket in np.cumsum(found))
+
+
+def calibrated_map(
+    histogram: Sequence[float] | npt.NDArray[Any], key: Key, word_bits: int, buckets: int
+) -> BucketMap:
+    """Buckets within which words differ least on average; each holds a key at least.
+
+    Minimises the expected Hamming distance of two words of one bucket, ``2 q (1 - q)`` summed over
+    the bits with ``q`` the share of ones in the bucket, weighted by the bucket's mass: by dynamic
+    programming over its borders, which are multiples of 1/256 of the keys where there are more.
+
+    Parameters
+    ----------
+    histogram
+        How often each word occurs, by its bit pattern.
+    key
+        What words are sorted by.
+    word_bits
+        Width of the words.
+    buckets
+        How many buckets.
+    """
+    mass = np.asarray(histogram, np.float64)
+    count = key_count(key, word_bits)
+    step = max(1, count // _BORDERS)
+    if mass.sum() <= 0 or buckets > count // step:
+        return uniform_map(buckets, count)
+    of_word = keys(key, word_bits) // step
+    entries = -(-count // step)
+    ones = (np.arange(1 << word_bits)[:, None] >> np.arange(word_bits)) & 1
+    # Sums below each border: of the mass, and of the mass with each bit set.
+    columns = [mass, *(mass * ones.T)]
+    below = np.zeros((entries + 1, word_bits + 1))
+    for number, column in enumerate(columns):
+        below[1:, number] = np.cumsum(np.bincount(of_word, column, entries))
+    inside = below[None] - below[:, None]
+    weight, set_bits = inside[..., 0], inside[..., 1:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = np.where(weight > 0, 2 * (set_bits.sum(-1) - (set_bits**2).sum(-1) / weight), 0)
+    cost[np.tril_indices(entries + 1)] = np.inf  # a bucket begins below where it ends
+    best, begins = cost[0], []
+    for _ in range(buckets - 1):
+        total = best[:, None] + cost
+        begins.append(np.argmin(total, 0))
+        best = total.min(0)
+    border, found = entries, np.zeros(count, np.int64)
+    for begin in reversed(begins):
+        border = int(begin[border])
+        found[border * step] = 1
     return tuple(int(bucket) for bucket in np.cumsum(found))
 
 
@@ -164,8 +217,10 @@ class Order:
     Attributes
     ----------
     key
-        What words are sorted by; ``none`` leaves them as they are, and ``nearest`` is the greedy
-        nearest neighbour: a bound that no unit computes.
+        What words are sorted by; or ``none``, which leaves them as they are; ``chain``, where each
+        constant weight is next to the nearest that is left (:mod:`bitwright.targets.places`); or
+        ``nearest``, the greedy nearest neighbour of pairs, which no unit computes: how far one can
+        get by looking at all that is sent.
     on
         Whose words: ``weights`` or ``inputs``, and the other operand moves along (*affiliated*);
         or ``separated``, each operand by its own, with the index traffic that this costs.
@@ -181,7 +236,7 @@ class Order:
         Whether every second window sends its flits in reverse order.
     """
 
-    key: Literal["none", "popcount", "gray-rank", "nearest"] = "none"
+    key: Literal["none", "popcount", "gray-rank", "chain", "nearest"] = "none"
     on: Literal["weights", "inputs", "separated"] = "weights"
     buckets: int = 0
     map: str = "uniform"
@@ -195,6 +250,13 @@ class Order:
                 raise UsageError(
                     f"there is no {name} {getattr(self, name)!r} of an order",
                     fix="choose one of " + ", ".join(map(str, choices)),
+                )
+        for field in fields(self):
+            only_sorted = field.name in ("on", "buckets", "map", "direction")
+            if only_sorted and not self.is_sorted and getattr(self, field.name) != field.default:
+                raise UsageError(
+                    f"an order {self.key!r} sorts by no key, and there is {field.name}",
+                    fix="leave it out, or sort by popcount or gray-rank",
                 )
         if self.buckets < 0 or self.buckets == 1:
             raise UsageError(
@@ -259,6 +321,11 @@ class Order:
         return self.key in ("popcount", "gray-rank")
 
     @property
+    def orders_weights(self) -> bool:
+        """Whether weights have places that depend on them alone."""
+        return self.key == "chain" or (self.is_sorted and self.on != "inputs")
+
+    @property
     def needs_histogram(self) -> bool:
         """Whether the map depends on the words that are sent."""
         return self.is_sorted and self.buckets > 0 and self.map in ("quantile", "calibrated")
@@ -302,6 +369,8 @@ class Order:
                 f"a {self.map} map depends on the words, and there are none to look at",
                 fix="give samples, or the map itself",
             )
+        if self.map == "calibrated":
+            return calibrated_map(histogram, self.key, word_bits, self.buckets)
         of_keys = np.bincount(keys(self.key, word_bits), histogram, count)
         return quantile_map(of_keys, self.buckets)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -402,6 +402,7 @@ class _Stream:
         self.buffer = emit.allocate(most + slack, dtype)
         self.end = _Counter()
         self.flits = _Counter()
+        self.turned = _Counter()  # where the slots of the last window are told
 
     def start(self) -> None:
         """Begin with a flit that is compared with none."""
@@ -520,7 +521,6 @@ class _Layer:
             for name in ("x", "taps", "w", "kind", "sum", "keep_x", "keep_w")
         } | {name: emit.allocate(_LANES, "int64") for name in ("at_x", "at_w", "by_x", "by_w")}
         self.streams = {part: _Stream(spec.lanes, self.slots, self.dtype) for part in _PARTS[:2]}
-        self.turns = {part: _Counter() for part in _PARTS[:2]}
         if "index" in spec.parts:
             most = spec.window * max(1, (spec.window - 1).bit_length())
             slots = ceil_div(most, lanes * bits) * lanes
@@ -597,12 +597,13 @@ class _Layer:
                 self._describe(sample, lane)
                 self._advance(sizes)
             rows = emit.bind((self.length[_int(0)] + 3) // 4 * 4)
-            with emit.loop(count) as lane:
-                self._gather(sample, lane, rows)
+            if spec.on != "weights":
+                with emit.loop(count) as lane:
+                    self._gather(lane, rows)
             if self.keys is not None:
                 self.keys.rank(rows)
             with emit.loop(count) as lane:
-                self._send(sample, lane, first + lane)
+                self._send(lane, first + lane)
             with emit.loop(count) as lane:
                 self._receive(lane)
             last = block == blocks - 1
@@ -646,32 +647,38 @@ class _Layer:
             for name, value in (("channel", channel), ("position", position), ("chunk", chunk)):
                 self.before[name].set(value)
 
-    def _gather(self, sample: Expr, lane: Expr, rows: Expr) -> None:
+    def _input(self, base: Expr, tap: Expr) -> Expr:
+        """Read an input word."""
+        code = self.args["x"][base + _at(self.args["taps"], tap)]
+        return _word(code, self.spec.word_bits)
+
+    def _gather(self, lane: Expr, rows: Expr) -> None:
         """Read the inputs of a window, and their keys."""
         spec, about = self.spec, self.about
         length = emit.bind(self.length[about["kind"][lane]])
         base, taps = emit.bind(about["x"][lane]), emit.bind(about["taps"][lane])
         with emit.loop(length) as term:
-            code = self.args["x"][base + _at(self.args["taps"], taps + term)]
-            word = emit.bind(_word(code, spec.word_bits))
+            word = emit.bind(self._input(base, taps + term))
             T.buffer_store(self.words, word, [emit.index(lane * spec.window + term)])
             if self.keys is not None:
                 self.keys.set(lane, term, word)
         if self.keys is not None:
             self.keys.fill(lane, length, rows)
 
-    def _send(self, sample: Expr, lane: Expr, number: Expr) -> None:
+    def _send(self, lane: Expr, number: Expr) -> None:
         """Append the flits of a window to the streams."""
         spec, about = self.spec, self.about
         kind = emit.bind(about["kind"][lane])
         length, count = emit.bind(self.length[kind]), emit.bind(self.count[kind])
+        slots = emit.bind(count * spec.lanes)
         turned = number % 2 if spec.snake else 0
         by = emit.bind((kind * 2 + turned) * self.slots)
-        weights = emit.bind(about["w"][lane])
-        inputs = emit.bind(lane * spec.window)
+        base, taps, weights = (emit.bind(about[name][lane]) for name in ("x", "taps", "w"))
 
         def x(term: Expr) -> Expr:
-            return self.words[emit.index(inputs + term)]
+            if spec.on == "weights":
+                return self._input(base, taps + term)
+            return self.words[emit.index(lane * spec.window + term)]
 
         def w(term: Expr) -> Expr:
             return _word(self.args["w"][emit.index(weights + term)], spec.word_bits)
@@ -679,37 +686,41 @@ class _Layer:
         def given(term: Expr) -> Expr:
             return _at(self.args["places"], weights + term)
 
-        def sorted_(term: Expr) -> Expr:
-            assert self.keys is not None
+        def found(term: Expr) -> Expr:
+            if self.keys is None:
+                return _at(self.near, term)
             return self.keys.place(lane, term)
 
-        def near(term: Expr) -> Expr:
-            return _at(self.near, term)
-
-        places = {
-            "weights": (given, given),
-            "inputs": (sorted_, sorted_),
-            "separated": (sorted_, given),
-            "nearest": (near, near),
-        }[spec.on]
         if spec.on == "nearest":
-            self._nearest(x, w, length, count, by)
-        for part, read, place in zip(_PARTS[:2], (x, w), places, strict=True):
-            stream, which = self.streams[part], "x" if part == "inputs" else "w"
-            with emit.when(about[f"keep_{which}"][lane] == 0 if spec.reuse else True):
-                end = stream.end.get()
-                with emit.loop(count * spec.lanes - length) as rank:
-                    _put(stream.buffer, end + _at(self.slot, by + length + rank), 0)
+            self._nearest(x, w, length, count)
+        both = [("x", self.streams["inputs"], x), ("w", self.streams["weights"], w)]
+        if spec.on == "separated":
+            shared = [(both[:1], found), (both[1:], given)]
+        else:
+            place = given if spec.on == "weights" else found
+            # One of two operands may be kept, but both go to the same places.
+            shared = [([one], place) for one in both] if spec.reuse else [(both, place)]
+        for operands, place in shared:
+            kept = about[f"keep_{operands[0][0]}"][lane] if spec.reuse else None
+            with emit.when(True if kept is None else kept == 0):
+                ends = [stream.end.get() for _, stream, _ in operands]
+                with emit.loop(slots - length) as rank:
+                    slot = emit.bind(_at(self.slot, by + length + rank))
+                    for (_, stream, _), end in zip(operands, ends, strict=True):
+                        _put(stream.buffer, end + slot, 0)
                 with emit.loop(length) as term:
-                    target = end + _at(self.slot, by + place(term))
-                    T.buffer_store(stream.buffer, read(term), [emit.index(target)])
-                stream.end.set(end + count * spec.lanes)
-                stream.flits.add(count)
-                self.turns[part].set(by)
-            _put(about[f"at_{which}"], lane, stream.end.get() - count * spec.lanes)
-            _put(about[f"by_{which}"], lane, self.turns[part].get())
+                    slot = emit.bind(_at(self.slot, by + place(term)))
+                    for (_, stream, read), end in zip(operands, ends, strict=True):
+                        T.buffer_store(stream.buffer, read(term), [emit.index(end + slot)])
+                for _, stream, _ in operands:
+                    stream.end.add(slots)
+                    stream.flits.add(count)
+                    stream.turned.set(by)
+            for name, stream, _ in operands:
+                _put(about[f"at_{name}"], lane, stream.end.get() - slots)
+                _put(about[f"by_{name}"], lane, stream.turned.get())
 
-    def _nearest(self, x: Any, w: Any, length: Expr, count: Expr, by: Expr) -> None:
+    def _nearest(self, x: Any, w: Any, length: Expr, count: Expr) -> None:
         """Find the greedy order of a window: the places of its terms."""
         spec = self.spec
         taken = tirx.const(1 << 20, "int32")
@@ -719,29 +730,28 @@ class _Layer:
             T.buffer_store(self.pairs, pair, [emit.index(term)])
             _put(self.used, term, term)
         best = emit.allocate(1, "int32", registers=True)
-        with emit.loop(spec.lanes) as lane:
-            with emit.loop(count) as flit:
-                row_major = spec.packing == "row-major"
-                rank = emit.bind(flit * spec.lanes + lane if row_major else lane * count + flit)
-                last = emit.bind(self.last[emit.index(lane)])
-                sent = emit.bind(self.sent[emit.index(lane)])
-                with T.If(rank < length):
-                    with T.Then():
-                        emit.store(best, 0, tirx.const(2**30, "int32"), 1)
-                        with emit.loop(length) as term:
-                            changed = T.bitwise_xor(self.pairs[term], last)
-                            changed = T.popcount(T.bitwise_and(changed, sent))
-                            distance = emit.cast(changed, "int32", 1)
-                            cost = distance * tirx.const(256, "int32") + self.used[term]
-                            least = T.min(emit.load(best, 0, 1), cost)
-                            emit.store(best, 0, least, 1)
-                        which = emit.bind(T.bitwise_and(_at(best, 0), _int(255)))
-                        _put(self.near, which, rank)
-                        T.buffer_store(self.used, taken, [which])
-                        T.buffer_store(self.last, self.pairs[which], [emit.index(lane)])
-                    with T.Else():
-                        _put(self.last, lane, 0)
-                T.buffer_store(self.sent, tirx.const(2**32 - 1, "uint32"), [emit.index(lane)])
+        with emit.loop(spec.lanes) as lane, emit.loop(count) as flit:
+            row_major = spec.packing == "row-major"
+            rank = emit.bind(flit * spec.lanes + lane if row_major else lane * count + flit)
+            last = emit.bind(self.last[emit.index(lane)])
+            sent = emit.bind(self.sent[emit.index(lane)])
+            with T.If(rank < length):
+                with T.Then():
+                    emit.store(best, 0, tirx.const(2**30, "int32"), 1)
+                    with emit.loop(length) as term:
+                        changed = T.bitwise_xor(self.pairs[term], last)
+                        changed = T.popcount(T.bitwise_and(changed, sent))
+                        distance = emit.cast(changed, "int32", 1)
+                        cost = distance * tirx.const(256, "int32") + self.used[term]
+                        least = T.min(emit.load(best, 0, 1), cost)
+                        emit.store(best, 0, least, 1)
+                    which = emit.bind(T.bitwise_and(_at(best, 0), _int(255)))
+                    _put(self.near, which, rank)
+                    T.buffer_store(self.used, taken, [which])
+                    T.buffer_store(self.last, self.pairs[which], [emit.index(lane)])
+                with T.Else():
+                    _put(self.last, lane, 0)
+            T.buffer_store(self.sent, tirx.const(2**32 - 1, "uint32"), [emit.index(lane)])
 
     def _receive(self, lane: Expr) -> None:
         """Add up the products of a window as it has arrived; send its indices."""
@@ -814,7 +824,7 @@ class _Layer:
 
 
 def positions_kernel(
-    dtype: ActivationType, word_bits: int, window: int, name: str = "positions"
+    dtype: ActivationType, word_bits: int, window: int, buckets: int, name: str = "positions"
 ) -> Any:
     """Build the kernel that finds the places of words in their windows.
 
@@ -826,6 +836,8 @@ def positions_kernel(
         Width of the words.
     window
         Terms of a window; the last one of a row may have fewer.
+    buckets
+        How many buckets the table has at most.
     name
         Symbol of the function.
 
@@ -835,51 +847,154 @@ def positions_kernel(
         ``(codes [B, O, K], table uint16 [2**word_bits], places uint8 [B, O, K])``: what
         :func:`kernel` takes.
     """
-    return emit.primitive_function(name, lambda: _emit_positions(dtype, word_bits, window, False))
+    return _order_kernel(dtype, word_bits, window, buckets, name, moved=False)
 
 
-def _emit_positions(dtype: str, word_bits: int, window: int, moved: bool) -> None:
-    """Emit :func:`positions_kernel`, or the kernel that moves the words to their places."""
-    batch, channels, terms = (tirx.Var(name, "int64") for name in ("batch", "channels", "terms"))
-    shape = (batch, channels, terms)
-    codes, table, result = emit.parameters(
-        [
-            ("codes", shape, dtype),
-            ("table", (_int(1 << word_bits),), "uint16"),
-            ("result", shape, dtype if moved else "uint8"),
-        ],
-        align=1,
-    )
+def _order_kernel(
+    dtype: str, word_bits: int, window: int, buckets: int, name: str, *, moved: bool
+) -> Any:
+    """Build :func:`positions_kernel`, or the kernel that moves codes to their places."""
+
+    def body() -> None:
+        shape = [tirx.Var(size, "int64") for size in ("batch", "channels", "terms")]
+        codes, table, result = emit.parameters(
+            [
+                ("codes", shape, dtype),
+                ("table", (_int(1 << word_bits),), "uint16"),
+                ("result", shape, dtype if moved else "uint8"),
+            ],
+            align=1,
+        )
+        batch, channels, terms = shape
+        chunks = emit.bind((terms + (window - 1)) // window)
+        windows = emit.bind(batch * channels * chunks)
+
+        first, term = _Counter(), _Counter()
+
+        def advance() -> tuple[Expr, Expr]:
+            """First term and length of the next window."""
+            start = first.get()
+            length = emit.bind(emit.lesser(terms - term.get(), window))
+            first.add(length)
+            term.add(length)
+            with emit.when(term.get() == terms):
+                term.set(0)
+            return start, length
+
+        def put(start: Expr, term: Expr, place: Expr, code: Expr) -> None:
+            if moved:
+                T.buffer_store(result, code, [emit.index(start + place)])
+            else:
+                _put(result, start + term, place)
+
+        few = buckets * window.bit_length() <= 64
+        order = _order_by_counters if few else _order_by_ranks
+        order(codes, table, word_bits, window, windows, advance, put)
+
+    return emit.primitive_function(name, body)
+
+
+def _order_by_counters(
+    codes: Buffer,
+    table: Buffer,
+    word_bits: int,
+    window: int,
+    windows: Expr,
+    advance: Callable[[], tuple[Expr, Expr]],
+    put: Callable[[Expr, Expr, Expr, Expr], None],
+) -> None:
+    """Order by few buckets: the counters of all of them are bits of one number."""
+    bits = window.bit_length()
+    fields = 64 // bits
+
+    def number(value: int) -> Expr:
+        return tirx.const(value, "uint64")
+
+    kept = number((1 << fields * bits) - 1)
+    shifts = emit.allocate(1 << word_bits, "uint8")
+    with emit.loop(1 << word_bits) as word:
+        _put(shifts, word, _at(table, word) * bits)
+
+    def shift(code: Expr) -> Expr:
+        """Where the counter of a word's bucket begins."""
+        found = shifts[emit.cast(_word(code, word_bits), "int64", 1)]
+        return emit.bind(emit.cast(found, "uint64", 1))
+
+    counters = emit.allocate(1, "uint64", registers=True)
+    with emit.loop(windows):
+        start, length = advance()
+        emit.store(counters, 0, number(0), 1)
+        for _, code in _each(codes, start, length, together=False):
+            one = T.shift_left(number(1), shift(code))
+            emit.store(counters, 0, emit.load(counters, 0, 1) + one, 1)
+        # Exclusive prefix sums: each counter becomes the sum of those below it.
+        sums = T.bitwise_and(T.shift_left(emit.load(counters, 0, 1), number(bits)), kept)
+        step = bits
+        while step < 64:
+            sums = emit.bind(sums)
+            sums = sums + T.bitwise_and(T.shift_left(sums, number(step)), kept)
+            step *= 2
+        emit.store(counters, 0, sums, 1)
+        for term, code in _each(codes, start, length):
+            by = shift(code)
+            now = emit.bind(emit.load(counters, 0, 1))
+            emit.store(counters, 0, now + T.shift_left(number(1), by), 1)
+            first = T.bitwise_and(T.shift_right(now, by), number((1 << bits) - 1))
+            put(start, term, emit.cast(first, "int64", 1), code)
+
+
+def _order_by_ranks(
+    codes: Buffer,
+    table: Buffer,
+    word_bits: int,
+    window: int,
+    windows: Expr,
+    advance: Callable[[], tuple[Expr, Expr]],
+    put: Callable[[Expr, Expr, Expr, Expr], None],
+) -> None:
+    """Order by any number of buckets."""
     keys = _Keys(word_bits, window, table)
-    rows = emit.bind((emit.lesser(window, terms) + 3) // 4 * 4)
-    chunks = emit.bind((terms + (window - 1)) // window)
-    total = emit.bind(batch * channels * chunks)
-    with emit.loop((total + (_LANES - 1)) // _LANES) as block:
-        first = emit.bind(block * _LANES)
-        count = emit.bind(emit.lesser(total - first, _LANES))
-
-        def span(lane: Expr) -> tuple[Expr, Expr]:
-            """First term and length of a window."""
-            number = emit.bind(first + lane)
-            start = emit.bind(number % chunks * window)
-            length = emit.bind(emit.lesser(terms - start, window))
-            return emit.bind(number // chunks * terms + start), length
-
+    rows = round_up(window, 4)
+    starts, lengths = (emit.allocate(_LANES, "int64") for _ in range(2))
+    with emit.loop((windows + (_LANES - 1)) // _LANES) as block:
+        count = emit.bind(emit.lesser(windows - block * _LANES, _LANES))
         with emit.loop(count) as lane:
-            start, length = span(lane)
-            with emit.loop(length) as term:
-                keys.set(lane, term, _word(codes[emit.index(start + term)], word_bits))
-            keys.fill(lane, length, rows)
-        keys.rank(rows)
+            start, length = advance()
+            _put(starts, lane, start)
+            _put(lengths, lane, length)
+            for term, code in _each(codes, start, length):
+                keys.set(lane, term, _word(code, word_bits))
+            keys.fill(lane, length, _int(rows))
+        keys.rank(_int(rows))
         with emit.loop(count) as lane:
-            start, length = span(lane)
-            with emit.loop(length) as term:
-                place = emit.bind(keys.place(lane, term))
-                if moved:
-                    code = codes[emit.index(start + term)]
-                    T.buffer_store(result, code, [emit.index(start + place)])
-                else:
-                    _put(result, start + term, place)
+            start, length = emit.bind(starts[lane]), emit.bind(lengths[lane])
+            for term, code in _each(codes, start, length):
+                put(start, term, keys.place(lane, term), code)
+
+
+def _each(
+    codes: Buffer, start: Expr, length: Expr, *, together: bool = True
+) -> Iterator[tuple[Expr, Expr]]:
+    """Emit what the caller does with each of some codes: its number and the code.
+
+    ``together``: 64 bits are read at once, for callers that read and write much else.
+    """
+    bits = int(codes.dtype.removeprefix("u")[3:])
+    count = 64 // bits
+    groups = emit.bind(length // count)
+    with emit.loop(groups) as group:
+        first = emit.bind(group * count)
+        if together:
+            many = emit.bind(emit.reinterpret(emit.load(codes, start + first, count), "uint64", 1))
+        for place in range(count):
+            if together:
+                code = emit.cast(many >> tirx.const(bits * place, "uint64"), codes.dtype, 1)
+            else:
+                code = codes[emit.index(start + first + place)]
+            yield emit.bind(first + place), emit.bind(code)
+    with emit.loop(length - groups * count) as place:
+        term = emit.bind(groups * count + place)
+        yield term, codes[emit.index(start + term)]
 
 
 # --------------------------------------------------------------------------- from Python
@@ -902,13 +1017,8 @@ def _compiled_layer(spec: LayerKernel) -> Any:
 
 
 @functools.cache
-def _compiled_order(dtype: str, word_bits: int, window: int, moved: bool) -> Any:
-    return _compile(
-        emit.primitive_function(
-            "reorder" if moved else "positions",
-            lambda: _emit_positions(dtype, word_bits, window, moved),
-        )
-    )
+def _compiled_order(dtype: str, word_bits: int, window: int, buckets: int, moved: bool) -> Any:
+    return _compile(_order_kernel(dtype, word_bits, window, buckets, "order", moved=moved))
 
 
 @functools.cache
@@ -975,18 +1085,12 @@ def layer_transitions(
     UsageError
         If codes do not fit the words, or the link cannot have the order.
     """
-    link.check(
-        order,
-        channels=traffic.channels,
-        groups=len(traffic.taps),
-        positions=len(traffic.bases),
-        chunks=len(traffic.chunks(link.window.value)),
-    )
+    traffic.check(link, order)
     spec = LayerKernel.of(link, order, x.dtype.name, w.dtype.name, accumulator_bits)  # type: ignore[arg-type]  # refused by TVM
     for codes in (x, w):
         link.words(codes)
     weights = np.ascontiguousarray(w.reshape(-1, traffic.channels, traffic.terms))
-    if order.is_sorted and spec.uses_places:
+    if order.orders_weights:
         assert places is not None
         given = np.ascontiguousarray(places.reshape(weights.shape), np.uint8)
     else:
@@ -1047,7 +1151,10 @@ def _ordered(
     if not codes.size:
         return result
     word_bits = len(table).bit_length() - 1
-    run = _compiled_order(codes.dtype.name, word_bits, window or terms, moved)
+    window = window or terms
+    few = 64 // window.bit_length()
+    buckets = few if table.max() < few else 1 << word_bits  # two kernels at most
+    run = _compiled_order(codes.dtype.name, word_bits, window, buckets, moved)
     shape = (1, -1, terms)
     run(*map(_tensor, (codes.reshape(shape), table, result.reshape(shape))))
     return result

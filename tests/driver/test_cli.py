@@ -33,6 +33,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "run": bitwright.run,
     "passes": bitwright.describe_passes,
     "cost": bitwright.cost,
+    "link": bitwright.link,
     "front": bitwright.front,
     "report": bitwright.report,
     "search": bitwright.search_precisions,
@@ -43,7 +44,12 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 Words: TypeAlias = list[str | Path]
 
 # Repeated options of the command line are one mapping of the function.
-NAMES = {"constraint": "constraints", "input_shape": "input_shapes", "layer": "layers"}
+NAMES = {
+    "constraint": "constraints",
+    "input_shape": "input_shapes",
+    "layer": "layers",
+    "order": "orders",
+}
 
 # Parameters that are no option of the same name.
 SHOWN = {
@@ -293,6 +299,30 @@ def test_json_of_compare(capsys: pytest.CaptureFixture[str], few: Path, quantize
     printed = strict(run(capsys, "compare", quantized, "--data", few, "--json"))
     assert printed == as_json(bitwright.compare(quantized, few).to_dict())
     assert printed["regions"]
+
+
+def test_json_of_link(capsys: pytest.CaptureFixture[str], few: Path, tmp_path: Path) -> None:
+    data = tmp_path / "two.npz"
+    with np.load(few) as archive:
+        np.savez(data, image=archive["image"][:2])
+    words: Words = ["--precision", "w8a8", "--calibration", few, "--clip", "minmax"]
+    words += ["--no-per-channel", "--order", "popcount=buckets:4", "--order", "gray-rank"]
+    words += ["--window", "20", "--flit-bits", "64", "--plot", tmp_path / "page.html"]
+    printed = strict(run(capsys, "link", MODEL, "--data", data, *words, "--json"))
+    result = bitwright.link(
+        MODEL,
+        data,
+        precision="w8a8",
+        calibration=few,
+        clip="minmax",
+        per_channel=False,
+        orders=["popcount=buckets:4", "gray-rank"],
+        window=20,
+        flit_bits=64,
+    )
+    assert printed == as_json(result.to_dict())
+    assert (tmp_path / "page.html").exists()
+    assert (result.link.window.value, result.link.lanes.value) == (20, 4)
 
 
 def test_json_of_compile(capsys: pytest.CaptureFixture[str], few: Path, tmp_path: Path) -> None:

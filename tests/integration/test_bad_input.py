@@ -33,7 +33,9 @@ from bitwright.quant.load import load
 Array = npt.NDArray[Any]
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
-COMMANDS = ["inspect", "plan", "cost", "quantize", "evaluate", "compare", "compile", "search"]
+COMMANDS = [
+    *("inspect", "plan", "cost", "quantize", "evaluate", "compare", "compile", "link", "search")
+]
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Bench:
             given = {"precision": "w8a8", "calibration": self.data, "output": self.output}
         if command in ("evaluate", "compare"):
             given = {"data": self.data}
+        if command == "link":
+            given = {"data": self.data, "precision": "w8a8", "calibration": self.data}
         if command == "search":
             given = {
                 "target": "bitfusion/eyeriss",
@@ -222,7 +226,8 @@ def test_not_an_onnx_file(bench: Bench, command: str, content: bytes, expected: 
 def test_missing_file_folder_and_device(bench: Bench, command: str) -> None:
     missing = bench.folder / "missing.onnx"
     assert f"{missing}: there is no such file" in bench.refuse(bench.words(command, missing))
-    assert "is a folder" in bench.refuse(bench.words(command, bench.folder))
+    what = "is no artefact" if command == "link" else "is a folder"  # it takes artefacts, too
+    assert what in bench.refuse(bench.words(command, bench.folder))
     # It has no end, so reading it would fill the memory.
     assert "not a regular file" in bench.refuse(bench.words(command, Path("/dev/zero")))
     beneath = bench.data / "model.onnx"
@@ -1938,3 +1943,36 @@ def test_interrupted_while_libraries_are_loaded(bench: Bench, module: str) -> No
     assert checked(done.stderr).startswith("error: interrupted\n")
     assert done.stdout == ""
     assert bench.state() == before
+
+
+# -- links ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, expected, fix",
+    [
+        (
+            {"window": 25},
+            "layer 'conv1': a window of 25 terms is larger than the 18",
+            "--window 18",
+        ),
+        ({"window": 1}, "a window of 1 terms cannot be ordered", "take 2 to 256"),
+        ({"flit_bits": 100}, "no whole number of lanes", "take a multiple of 16"),
+        ({"order": "popcount=map:0.1.2.1.2.3.3.3.3"}, "falls, from 2 at key 2 to 1", "monotone"),
+        ({"order": "popcount=map:0.0.1.1"}, "8-bit words have the keys 0 to 8", "give 9 entries"),
+        (
+            {"order": "popcount=map:0.0.0.1.1.2.2.3.3", "link": "silago/drra"},
+            "16-bit words have the keys 0 to 16",
+            "give 17 entries",
+        ),
+        ({"order": "shuffle"}, "there is no key 'shuffle'", "popcount"),
+        ({"link": "ordering"}, "there is no link 'ordering'", "ordering-simulator"),
+        ({"target": "bitfusion/mohaq", "order": "popcount"}, "sent once for every", "on:inputs"),
+        ({"calibration": None}, "no samples to quantize it with", "--calibration"),
+        ({"plot": "link.png"}, "the charts are a page", "name it .html"),
+    ],
+)
+def test_links(bench: Bench, options: dict[str, Any], expected: str, fix: str) -> None:
+    message = bench.refuse(bench.words("link", **options))
+    assert expected in message
+    assert fix in message

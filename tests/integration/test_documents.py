@@ -29,6 +29,7 @@ DOCUMENTS = [
 RUN = [
     "README.md",
     "docs/artefact.md",
+    "docs/link.md",
     "docs/search.md",
     "docs/targets.md",
     "docs/write-a-metric.md",

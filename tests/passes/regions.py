@@ -49,22 +49,27 @@ def together(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     return result
 
 
-def compiled(model: onnx.ModelProto, isa: str = "") -> Built:
+def compiled(model: onnx.ModelProto, isa: str = "", passes: str = "") -> Built:
     """Import and build; any precision goes."""
-    pipeline = parse("partition-for-target=target:" + (f",pack-weights=isa:{isa}" if isa else ""))
+    named = ["partition-for-target=target:", f"pack-weights=isa:{isa}" if isa else "", passes]
+    pipeline = parse(",".join(filter(None, named)))
     return build(import_model(load(model)), targets.get("silago/drra"), pipeline=pipeline)
 
 
-def execute(built: Built, *inputs: Array) -> list[Array]:
+def execute(built: Built, *inputs: Array, entry: str = "main") -> list[Array]:
     """Run what was built."""
     machine = relax.VirtualMachine(built.executable, tvm.cpu())
     transformed: Any = []
-    if built.parameters:
-        arrays = [tvm.runtime.tensor(array) for array in built.parameters.values()]
-        transformed = machine["main_transform_params"](arrays)
+    parameters = dict(built.parameters)
+    if entry == "main_link":
+        assert built.link is not None
+        parameters |= built.link.parameters
+    if parameters:
+        arrays = [tvm.runtime.tensor(array) for array in parameters.values()]
+        transformed = machine[f"{entry}_transform_params"](arrays)
     tensors = [tvm.runtime.tensor(np.array(array, order="C")) for array in inputs]
-    result = machine["main"](*tensors, *transformed)
-    return [entry.numpy() for entry in ([result] if hasattr(result, "numpy") else result)]
+    result = machine[entry](*tensors, *transformed)
+    return [array.numpy() for array in ([result] if hasattr(result, "numpy") else result)]
 
 
 def check(
