@@ -450,6 +450,11 @@ def test_the_unit_spends_what_the_link_says(
     assert net == pytest.approx(0, abs=1e-3)
 
 
+def test_an_order_that_was_not_counted(counted: Transitions) -> None:
+    with pytest.raises(KeyError, match="gray-rank"):
+        counted.total("gray-rank")
+
+
 def test_the_table(counted: Transitions, capsys: pytest.CaptureFixture[str]) -> None:
     tables.print_transitions(counted)
     out = capsys.readouterr().out
