@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import onnx
 import yaml
+from matplotlib.figure import Figure
 from onnx import numpy_helper
 from rich.console import Console
 from rich.table import Table
 
 import bitwright
 from bitwright.transitions import ROW_MAJOR, UNSORTED, Transitions
-
-mpl.use("agg")
-from matplotlib import pyplot  # behind the choice of what draws
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "lenet_digits"
@@ -58,7 +55,7 @@ Weights = Mapping[str, npt.NDArray[np.float16]]
 
 
 def networks(folder: Path) -> Iterator[Path]:
-    """Write the ten networks as ONNX files, one after the other."""
+    """Quantize the ten networks to 8 bits and write them, one after the other."""
     with np.load(NETWORKS, allow_pickle=False) as archive:
         weights = {name: archive[name] for name in archive.files}
     model = onnx.load(DIGITS / "lenet.onnx")
@@ -70,25 +67,25 @@ def networks(folder: Path) -> Iterator[Path]:
             initializer.CopyFrom(numpy_helper.from_array(values, initializer.name))
         path = folder / f"lenet-{number + 1}.onnx"
         onnx.save(model, path)
-        yield path
+        calibration = DIGITS / "calibration.npz"
+        quantized = folder / f"lenet-{number + 1}.qdq.onnx"
+        bitwright.quantize(path, calibration=calibration, precision="w8a8", output=quantized)
+        yield quantized
 
 
 def count(
     model: Path,
     images: npt.NDArray[np.uint8],
     orders: Sequence[str],
-    link: Path | None = None,
-    **options: Any,
+    link: str | Path = "ordering-simulator",
 ) -> Transitions:
-    """Transitions of a network at 8 bits, on the link of the authors' simulator or another."""
+    """Transitions of a network on the link of the authors' simulator, or another."""
     return bitwright.link(
         model,
         {"image": images},
-        link="ordering-simulator" if link is None else link,
+        link=link,
         orders=orders,
-        precision="w8a8",
         calibration=DIGITS / "calibration.npz",
-        **options,
     )
 
 
@@ -246,7 +243,7 @@ def energy_table(results: Sequence[Transitions]) -> Table:
     """Energy of the link for an image, and what a unit may spend on a word."""
     link = results[0].link
     table = Table(
-        title=f"Energy of an image at {link.energy_pj_per_transition.value:g} pJ a transition: means",
+        title=f"Energy of an image, {link.energy_pj_per_transition.value:g} pJ a transition: means",
         title_justify="left",
     )
     table.add_column("order")
@@ -276,7 +273,8 @@ def draw(results: Sequence[Transitions], output: Path) -> None:
     orders = [UNSORTED, *UNIT_ORDERS, NEAREST]
     names = ["unsorted, column-major", *UNIT_ORDERS.values(), "nearest neighbour"]
     shares = np.array([[100 * saved(r, order, ROW_MAJOR) for r in results] for order in orders])
-    figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.subplots()
     places = np.arange(len(orders))[::-1]
     unit = [results[0].total(order).needs_unit for order in orders]
     colours = ["#b45f06" if needs else "#1f6f8b" for needs in unit]
@@ -293,12 +291,13 @@ def draw(results: Sequence[Transitions], output: Path) -> None:
     kinds = {"needs a sorting unit": "#b45f06", "made at compile time": "#1f6f8b"}
     for label, colour in kinds.items():
         axes.bar(0, 0, color=colour, label=label)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output / "orders.png", dpi=130)
 
     shown = {ROW_MAJOR: "unsorted, row-major", "popcount": "popcount", "chain": "chain"}
-    figure, grid = pyplot.subplots(len(shown), figsize=(9, 4.6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    grid = figure.subplots(len(shown), sharex=True)
     wires = {}
     for order in shown:
         total = results[0].total(order)
@@ -350,9 +349,9 @@ def main() -> int:
         mean = 100 * np.mean([saved(result, order, ROW_MAJOR) for result in results])
         if mean < published - NEAR:
             failures.append(f"{order} takes {mean:.2f} % off, and {published} % is published")
-    best = max(np.mean([gap(result, order) for result in results]) for order in ("chain",))
-    if best < GAP:
-        failures.append(f"chain closes {best:.0%} of the gap, and {GAP:.0%} is asked for")
+    closed = np.mean([gap(result, "chain") for result in results])
+    if closed < GAP:
+        failures.append(f"chain closes {closed:.0%} of the gap, and {GAP:.0%} is asked for")
     for failure in failures:
         console.print(failure)
     return 1 if failures else 0
