@@ -125,7 +125,7 @@ def lengths(words: Words, count: int) -> tuple[list[list[str]], bool]:
     }
     for name, (size, work) in works.items():
         long, short = words[:size], words[: size // 16]
-        calls = [lambda work=work, part=part: work(part) for part in (long, short)]  # type: ignore[misc]
+        calls = [lambda work=work, part=part: work(part) for part in (long, short)]
         found = turns(calls, count)
         ratio = statistics.median(whole / (16 * part) for whole, part in found)
         good = good and ratio <= MOST_OF_LENGTH
