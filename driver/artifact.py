@@ -630,7 +630,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     fix = "copy the whole folder again, or compile the model again"
-    for name in _REQUIRED:
+    required = _REQUIRED if manifest.link is None else (*_REQUIRED, LINK_PARAMETERS)
+    for name in required:
         if name not in manifest.files:
             raise ArtifactError(f"lists no {name}", where=str(folder / MANIFEST), fix=fix)
     for name, entry in manifest.files.items():
@@ -640,7 +641,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         try:
             intact = path.stat().st_size == entry.bytes and sha256(path) == entry.sha256
         except FileNotFoundError:
-            if name in _REQUIRED:
+            if name in required:
                 raise ArtifactError("is missing", where=str(path), fix=fix) from None
             continue
         except OSError as error:

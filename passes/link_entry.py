@@ -154,25 +154,23 @@ def _sent_layer(product: SentProduct, bound: Mapping[Any, Any], reason: str) -> 
     tables: dict[str, Array] = {}
     places = None
     for transfer in (inputs, weights):
-        found = bound.get(transfer.args[1], transfer.args[1]) if len(transfer.args) > 1 else None
+        if len(transfer.args) < 2:
+            continue
+        found: Any = bound.get(transfer.args[1], transfer.args[1])
         if operator(found) == ops.ORDER:
             table = constant(found.args[1])
             assert table is not None
             tables[str(found.attrs["operand"])] = table
-        elif found is not None:
+        else:
             places = constant(found)
     order = Order.parse(str(inputs.attrs["order"]))
-    by_unit: list[Literal["inputs", "weights"]] = []
-    if "inputs" in tables:
-        by_unit.append("inputs")
-    if "weights" in tables:
-        by_unit.append("weights")
+    parts: tuple[Literal["inputs", "weights"], ...] = ("inputs", "weights")
     return SentLayer(
         product.layer,
         link_of(inputs),
         order,
         terms_of(product.call),
-        tuple(by_unit),
+        tuple(part for part in parts if part in tables),
         places,
         tables,
         reason,
@@ -358,8 +356,13 @@ class _Entry:
         if sent.places is not None:
             places = self.parameters.add(f"{sent.layer}.places", sent.places)
             return rewriter.emit(relax.op.reshape(places, (batch, channels, terms)))
-        key = dtype, link.word_bits.value, link.window.value
-        function = self._primitive(key, lambda name: positions_kernel(*key, name), "positions")
+        bits, window = link.word_bits.value, link.window.value
+        buckets = int(sent.tables["weights"].max()) + 1
+        function = self._primitive(
+            (dtype, bits, window, buckets),
+            lambda name: positions_kernel(dtype, bits, window, buckets, name),
+            "positions",
+        )
         table = self.parameters.add(f"{sent.layer}.weight_table", sent.tables["weights"])
         kind = relax.TensorType((batch, channels, terms), "uint8")
         return rewriter.emit(relax.call_tir(function, [operands.w, table], kind))

@@ -72,7 +72,7 @@ def drop_transfers(mod: Any) -> Any:
 
 
 def _unsent(rewriter: CallRewriter, argument: Any) -> Any:
-    value = rewriter.value(argument) if isinstance(argument, relax.Var) else None
+    value = rewriter.value(argument)
     return value.args[0] if operator(value) == ops.TRANSFER else argument
 
 

@@ -369,7 +369,10 @@ class PopcountReorder:
             return reason
         order = order if insert else Order()
         text = link.model_dump_json(exclude_none=True)
-        variables = {"inputs": product.inputs, "weights": product.weights}
+        variables: dict[Literal["inputs", "weights"], Any] = {
+            "inputs": product.inputs,
+            "weights": product.weights,
+        }
         # Pairs move together: both are keyed on the same operand.
         shape = static_shape(product.call.args[1])
         windows = f"{operator(product.call)} {product.call.attrs} {shape}"

@@ -87,10 +87,14 @@ class Pipeline:
         return made
 
     def __str__(self) -> str:
-        return ",".join(
-            name + "".join(f"{'=' if i == 0 else ':'}{k}:{v}" for i, (k, v) in enumerate(o.items()))
-            for name, o in self.options.items()
-        )
+        def shown(options: Mapping[str, Any]) -> str:
+            words = (
+                f"{name}:{str(value).lower() if isinstance(value, bool) else value}"
+                for name, value in options.items()
+            )
+            return "=" * bool(options) + ":".join(words)
+
+        return ",".join(name + shown(options) for name, options in self.options.items())
 
 
 #: What ``compile`` runs by default.

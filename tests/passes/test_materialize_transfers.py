@@ -228,7 +228,8 @@ def test_weights_whose_zero_point_makes_them_wider_are_refused() -> None:
 
 
 def test_there_has_to_be_a_link() -> None:
-    module = Layer.clone()
+    module: Any = Layer
+    module = module.clone()
     (variable,) = (v for v in module.get_global_vars() if v.name_hint == "conv_layer")
     module[variable] = module[variable].with_attr("target", "")
     with pytest.raises(UsageError, match="no link"):

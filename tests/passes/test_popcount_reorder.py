@@ -246,7 +246,7 @@ def test_what_cannot_be_done_is_refused_with_the_layer(
         ({"on": "both"}, "no on 'both'"),
         ({"map": "fair"}, "no bucket map"),
         ({"buckets": 1}, "does nothing"),
-        ({"key": "nearest"}, "a bound that no unit computes"),
+        ({"key": "nearest"}, "which no unit does"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:

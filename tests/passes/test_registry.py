@@ -11,8 +11,10 @@ import pytest
 from bitwright.errors import UsageError
 from bitwright.passes.lower_scan import LowerScan
 from bitwright.passes.lower_to_integer import LowerToInteger
+from bitwright.passes.materialize_transfers import MaterializeTransfers
 from bitwright.passes.pack_weights import PackWeights
 from bitwright.passes.partition_for_target import PartitionForTarget
+from bitwright.passes.popcount_reorder import PopcountReorder
 from bitwright.passes.propagate_quantization import PropagateQuantization
 from bitwright.passes.registry import DEFAULT, Pipeline, available, parse
 from bitwright.passes.schedule_floats import ScheduleFloats
@@ -21,17 +23,51 @@ CLASSES = {
     "propagate-quantization": PropagateQuantization,
     "partition-for-target": PartitionForTarget,
     "lower-to-integer": LowerToInteger,
+    "materialize-transfers": MaterializeTransfers,
+    "popcount-reorder": PopcountReorder,
     "lower-scan": LowerScan,
     "schedule-floats": ScheduleFloats,
     "pack-weights": PackWeights,
 }
 NAMES = list(CLASSES)
+OPTIONAL = ["materialize-transfers", "popcount-reorder"]
+ALWAYS = [name for name in NAMES if name not in OPTIONAL]
 
 
 def test_the_passes_stand_in_the_order_of_the_pipeline() -> None:
     assert list(available()) == NAMES
-    assert list(DEFAULT.options) == NAMES
-    assert [type(step) for step in DEFAULT.create().values()] == list(CLASSES.values())
+    assert list(DEFAULT.options) == ALWAYS
+    assert [type(step) for step in DEFAULT.create().values()] == [CLASSES[n] for n in ALWAYS]
+    pipeline = parse("popcount-reorder")
+    assert [type(step) for step in pipeline.create().values()] == list(CLASSES.values())
+
+
+def test_optional_passes_run_where_they_are_named_with_what_they_need() -> None:
+    assert [name for name, info in available().items() if info.optional] == OPTIONAL
+    assert list(parse("popcount-reorder=buckets:4").options) == NAMES
+    assert parse("popcount-reorder=buckets:4").options["popcount-reorder"] == {"buckets": 4}
+    alone = [name for name in NAMES if name != "popcount-reorder"]
+    assert list(parse("materialize-transfers").options) == alone
+    assert list(parse("pack-weights=isa:generic").options) == ALWAYS
+
+
+def test_options_without_a_default_have_the_type_of_their_annotation() -> None:
+    options = {option.name: option for option in available()["popcount-reorder"].options}
+    assert {name: option.type for name, option in options.items()} == {
+        "key": "str",
+        "on": "str",
+        "buckets": "int",
+        "map": "str",
+        "direction": "str",
+        "snake": "bool",
+        "window": "int",
+        "auto": "bool",
+    }
+    assert options["buckets"].default is None
+    assert parse("popcount-reorder=snake:true:window:9").options["popcount-reorder"] == {
+        "snake": True,
+        "window": 9,
+    }
 
 
 @pytest.mark.parametrize("name, kind", CLASSES.items())
@@ -60,7 +96,7 @@ def test_options_have_types_defaults_and_help() -> None:
 
 def test_options_are_read_and_the_rest_keeps_its_defaults() -> None:
     pipeline = parse("pack-weights=isa:generic, partition-for-target=target:silago/drra")
-    assert list(pipeline.options) == NAMES
+    assert list(pipeline.options) == ALWAYS
     made = pipeline.create()
     assert made["pack-weights"].isa == "generic"
     assert made["partition-for-target"].target == "silago/drra"
@@ -70,7 +106,14 @@ def test_options_are_read_and_the_rest_keeps_its_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "pack-weights=isa:generic", "partition-for-target=target:a/b,pack-weights=isa:x"]
+    "text",
+    [
+        "",
+        "pack-weights=isa:generic",
+        "partition-for-target=target:a/b,pack-weights=isa:x",
+        "popcount-reorder=map:0.0.1:snake:false",
+        "materialize-transfers",
+    ],
 )
 def test_what_is_written_is_read_again(text: str) -> None:
     pipeline = parse(text)
@@ -98,6 +141,8 @@ def test_some_passes_only() -> None:
         ("pack-weights=lanes:3", "no option 'lanes'"),
         ("propagate-quantization=isa:x", "it has none"),
         ("pack-weights=kernels:no", "kernels of pack-weights is a bool, not 'no'"),
+        ("popcount-reorder=buckets:few", "buckets of popcount-reorder is a int, not 'few'"),
+        ("popcount-reorder=measured:x", "no option 'measured'"),
         ("pack-weights=isa", "write pack-weights=option:value"),
         ("pack-weights=isa:generic:isa", "write pack-weights=option:value"),
     ],
