@@ -167,9 +167,10 @@ class _Analysis:
         )
         self._once = {variable for variable, count in used.items() if count == 1}
         main = mod["main"]
-        first = main.params[0].ty if main.params else None
-        batched = isinstance(first, relax.TensorType) and first.shape is not None and first.ndim
-        self._batch = first.shape[0] if batched else tirx.IntImm("int64", 1)
+        self._batch = tirx.IntImm("int64", 1)
+        first: Any = main.params[0].ty if main.params else None
+        if isinstance(first, relax.TensorType) and first.shape is not None and first.ndim:
+            self._batch = first.shape[0]
         if not isinstance(main.body, relax.SeqExpr):
             return
         for block in main.body.blocks:
@@ -214,9 +215,10 @@ class _Analysis:
             apart = CHANNELWISE in (function.attrs or {}) and len(fields) == 1
             return found if apart and found is not None and found.axis == 1 else None
         found = self._channels.get(call.args[0]) if call.args else None
-        shape = static_shape(call)
-        before = static_shape(call.args[0]) if found is not None else None
-        if found is None or shape is None or before is None:
+        if found is None or not isinstance(call.ty, relax.TensorType):
+            return None
+        shape, before = static_shape(call), static_shape(call.args[0])
+        if shape is None or before is None:
             return None
         if name == "nn.pad":
             widths = [int(width) for width in call.attrs.pad_width]
@@ -301,11 +303,12 @@ class _Analysis:
         if read is None or stored is None or call.op not in self._once:
             return None
         spec = read.spec
-        depthwise = False
+        filters = 0  # of each channel of a depthwise convolution
         if isinstance(spec, Convolution):
             taps, axis, inner = math.prod(spec.kernel), 1, math.prod(spec.output_size)
-            depthwise = 1 < spec.groups == spec.in_channels
-            if spec.groups > 1 and not depthwise:
+            if 1 < spec.groups == spec.in_channels:
+                filters = spec.out_channels // spec.in_channels
+            elif spec.groups > 1:
                 return None
         elif isinstance(spec, Matmul):
             taps, axis, inner = 1, len(spec.leading), 1
@@ -316,7 +319,7 @@ class _Analysis:
             return None
         weights = _rows(stored, convolution=isinstance(spec, Convolution))
         data = self._channels.get(call.args[0])
-        if (data is None and depthwise) or (data is not None and data.axis != axis):
+        if (data is None and filters) or (data is not None and data.axis != axis):
             return None
         title = str(function.attrs["layer"])
         for layer in self.layers:
@@ -327,8 +330,8 @@ class _Analysis:
                 return layer.result
         count, outputs = weights.shape[1] // taps, len(weights)
         inputs = None
-        if depthwise:
-            result = _Channels(data.group, axis, data.inner * (outputs // spec.in_channels))
+        if data is not None and filters:
+            result = _Channels(data.group, axis, data.inner * filters)
         else:
             result = _Channels(self.groups.new(outputs), axis, 1)
             if data is not None:
@@ -375,7 +378,8 @@ class _Search:
         ]
         self._words = [_words(layer, link) for layer in self._layers]
         self._streams = [
-            WeightStream(*layer.weights.shape, layer.positions, link) for layer in self._layers
+            WeightStream(len(words), words.shape[1], layer.positions, link)
+            for layer, words in zip(self._layers, self._words, strict=True)
         ]
         before = self._counts()
         for group in free:
@@ -526,7 +530,10 @@ class PermuteChannels:
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
         """Rewrite the layers that ``main`` calls."""
-        return mod if mod.get_attr(PERMUTED) is not None else rewriting(self._rewrite)(mod)
+        names = [variable.name_hint for variable in mod.get_global_vars()]
+        if "main" not in names or mod.get_attr(PERMUTED) is not None:
+            return mod
+        return rewriting(self._rewrite)(mod)
 
     def _rewrite(self, mod: Any) -> Any:
         analysis = _Analysis(mod)

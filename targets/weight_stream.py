@@ -166,7 +166,7 @@ class WeightStream:
     def _unchanged(step: _Step) -> npt.NDArray[np.bool_]:
         """Where a window is followed by itself; shape (channels, chunks) of the step."""
         channels, chunks = (before == after for before, after in (step.channels, step.chunks))
-        return channels[:, None] & chunks
+        return np.asarray(channels[:, None] & chunks, np.bool_)
 
     def count(self, words: Words) -> int:
         """Count all transitions.
@@ -176,8 +176,9 @@ class WeightStream:
         words
             Shape (channels, terms).
         """
-        narrow = np.uint8 if self._link.word_bits.value <= 8 else np.uint16
-        padded = np.concatenate([words, np.zeros((len(words), 1), words.dtype)], 1).astype(narrow)
+        padded: npt.NDArray[Any] = _padded(words)
+        if self._link.word_bits.value <= 8:
+            padded = padded.astype(np.uint8)
         total = 0
         for number, chunk in enumerate(self._chunks):
             sent = padded[:, chunk]
@@ -235,7 +236,7 @@ class WeightStream:
 
     def between_outputs(self, words: Words, axis: Axis) -> list[Neighbours]:
         """What neighbours along the output channels cost."""
-        padded = np.concatenate([words, np.zeros((len(words), 1), words.dtype)], 1)
+        padded = _padded(words)
         found = []
         for step in self._steps:
             first, second = step.channels
@@ -249,6 +250,11 @@ class WeightStream:
                 (first, second, np.full(len(first), step.times * len(ends))),
             )
         return found
+
+
+def _padded(words: Words) -> Words:
+    """Words with the zero that stands behind the last of them."""
+    return np.pad(words, ((0, 0), (0, 1)))
 
 
 def _sample(count: int, axis: Axis) -> IntArray:
@@ -280,7 +286,7 @@ def _neighbours(
     found = []
     for offset in np.unique(offsets[offsets != 0]):
         here = offsets == offset
-        often = np.bincount(place[here], times[here], axis.channels)
+        often = np.bincount(place[here], times[here], axis.channels).astype(np.float64)
         codes, where = np.unique(tap[here] * taps + other_tap[here], return_inverse=True)
         shares = np.bincount(where, times[here]) / times[here].sum()
         meetings = tuple(
@@ -323,10 +329,7 @@ def arranged(neighbours: Sequence[Neighbours], channels: int) -> IntArray:
     """
     most = max((entry.weight for entry in neighbours), default=0.0)
     sides = [
-        side
-        for entry in neighbours
-        if entry.weight > _LEAST_SHARE * most
-        for side in _sides(entry)
+        side for entry in neighbours if entry.weight > _LEAST_SHARE * most for side in _sides(entry)
     ]
     order = np.full(channels, -1)
     taken = np.zeros(channels, bool)
