@@ -3,10 +3,11 @@
 First stage: the bucket of each word. Second and third stage: the place of each term, that is the
 start of its bucket plus its rank there, and the index of the term at each place.
 
-Places are counted by *cursors*, one a bucket: the place of the bucket's next term. A cursor goes from
-term to term, two at a time, and from the start of its bucket up. It may as well go from the last term
-to the first and from the end of its bucket down, which gives the same places: then two neighbours
-share the border between them, and the outermost need none, as the window's ends are known.
+Places are counted by *cursors*, one a bucket: the place of the bucket's next term. A cursor goes
+from term to term, two at a time, and from the start of its bucket up. It may as well go from the
+last term to the first and from the end of its bucket down, which gives the same places: then two
+neighbours share the border between them, and the outermost need none, as the window's ends are
+known.
 
 - Starts that are *counted*: the second stage counts the terms in front of every second border. All
   cursors go at once, in the third stage; between the two stages lie only buckets and borders.
@@ -19,12 +20,12 @@ Sums are written out bit by bit: what synthesis makes of ``+`` is built for spee
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import and_, or_
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from amaranth.hdl import C, Cat, Elaboratable, Module, Mux, Signal
+from amaranth.hdl import C, Cat, Elaboratable, Module, Signal
 
 if TYPE_CHECKING:
     from bitwright.targets.sorting_unit import SortingUnit
