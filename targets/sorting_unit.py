@@ -31,8 +31,6 @@ Starts = Literal["counted", "chained"]
 _WIDEST_WINDOW: Final = 256
 _MOST_BUCKETS: Final = 64
 _WIDEST_WORD: Final = 16
-# So many buckets take less area when their starts are counted: benchmarks/sorting_unit_area.py.
-_FEW_BUCKETS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,9 @@ class SortingUnit:
     descending
         Whether the words with the largest keys go first. Ties keep their order in any case.
     starts
-        ``counted``: the second stage counts the terms before every second bucket, and ranks are
-        found in the third. ``chained``: a bucket begins where the ranks of its neighbour end, all
-        in the second stage; that is slower, and smaller if there are many buckets. None stands for
-        the smaller one.
+        ``chained``: a bucket begins where its neighbour's ranks end, all in the second stage; the
+        smaller circuit. ``counted``: the second stage counts the terms in front of every second
+        bucket, and the third finds all ranks at once; the faster one.
 
     Raises
     ------
@@ -68,7 +65,7 @@ class SortingUnit:
     key: Key = "popcount"
     bucket_map: BucketMap = ()
     descending: bool = True
-    starts: Starts | None = None
+    starts: Starts = "chained"
 
     def __post_init__(self) -> None:
         if not 2 <= self.window <= _WIDEST_WINDOW:
@@ -78,10 +75,12 @@ class SortingUnit:
             )
         if not 1 <= self.word_bits <= _WIDEST_WORD:
             raise UsageError(f"words have 1 to {_WIDEST_WORD} bits, not {self.word_bits}")
-        if self.key not in get_args(Key):
-            raise UsageError(
-                f"there is no key {self.key!r}", fix="choose one of " + ", ".join(get_args(Key))
-            )
+        for name, choices in (("key", get_args(Key)), ("starts", get_args(Starts))):
+            if getattr(self, name) not in choices:
+                raise UsageError(
+                    f"there is no {name} {getattr(self, name)!r} of a sorting unit",
+                    fix="choose one of " + ", ".join(choices),
+                )
         keys = key_count(self.key, self.word_bits)
         found = check_map(self.bucket_map or range(keys), self.key, self.word_bits)
         if not 2 <= found[-1] + 1 <= _MOST_BUCKETS:
@@ -90,9 +89,11 @@ class SortingUnit:
                 fix="choose another number of buckets",
             )
         object.__setattr__(self, "bucket_map", found)
-        if self.starts is None:
-            few = self.buckets <= _FEW_BUCKETS
-            object.__setattr__(self, "starts", "counted" if few else "chained")
+
+    def __str__(self) -> str:
+        buckets = "exact" if self.is_exact else f"{self.buckets} buckets"
+        direction = "descending" if self.descending else "ascending"
+        return f"{self.window} words of {self.word_bits} bits by {self.key}, {buckets}, {direction}"
 
     @property
     def buckets(self) -> int:
@@ -170,26 +171,20 @@ class SortingUnit:
         return self._header(name) + text.partition("\n")[2].lstrip("\n")
 
     def _header(self, name: str) -> str:
-        width, last = self.index_bits, self.window - 1
-        word, words = self.word_bits, self.window * self.word_bits
-        order = "falling" if self.descending else "rising"
-        if self.is_exact:
-            sorted_by = f"{self.key}, one bucket a key"
-        else:
-            first = ", ".join(map(str, (0, *self.thresholds)))
-            sorted_by = f"{self.key}, {self.buckets} buckets that begin at the keys {first}"
-        text = f"""
-            {name}: a stable counting sort of {self.window} words of {word} bits, made by bitwright.
-
-            Sorted by {sorted_by}; {order} keys, ties in the order of the terms.
-            One window a cycle; its permutation comes {LATENCY} cycles later.
-
-            valid              a window is there
-            words              {words} bits: term i in bits {word}*i to {word}*i+{word - 1}
-            permutation_valid  a permutation is there
-            permutation        {self.window * width} bits: the index of the term that goes to place
-                               r, 0 to {last}, in bits {width}*r to {width}*r+{width - 1}
-            clk, rst           rising edge; rst, synchronous, clears both valid bits' pipeline
-        """
-        lines = textwrap.dedent(text).strip().splitlines()
-        return "\n".join(f"// {line}".rstrip() for line in lines) + "\n\n"
+        width, word = self.index_bits, self.word_bits
+        lines = [
+            f"{name}: a stable counting sort of the words of a window, made by bitwright",
+            "",
+            f"{self}.",
+            "Buckets begin at the keys " + ", ".join(map(str, (0, *self.thresholds))) + ".",
+            f"One window a cycle; its permutation comes {LATENCY} cycles later.",
+            "",
+            "valid              whether a window is there",
+            f"words              term i in bits {word}*i to {word}*i + {word - 1}",
+            "permutation_valid  whether a permutation is there",
+            f"permutation        the index of the term at place r in bits {width}*r to {width}*r"
+            f" + {width - 1}",
+            "clk, rst           rising edge; rst, synchronous, empties the pipeline",
+        ]
+        wrapped = [part for line in lines for part in textwrap.wrap(line, 95) or [""]]
+        return "".join(f"// {line}".rstrip() + "\n" for line in wrapped) + "\n"
