@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from bitwright.quantization import quantize
     from bitwright.reporting import Report, report
     from bitwright.searching import Search, Sensitivity, search_precisions, sensitivity
+    from bitwright.sorting import sorting_unit
+    from bitwright.targets.sorting_unit import SortingUnit
     from bitwright.transitions import Transitions
     from bitwright.vocabulary import Layer, LayerCost, ModelCost, Precision, PrecisionPlan
 
@@ -50,6 +52,7 @@ __all__ = [
     "Search",
     "Sensitivity",
     "SideBySide",
+    "SortingUnit",
     "Transitions",
     "compare",
     "compile",
@@ -68,6 +71,7 @@ __all__ = [
     "run",
     "search_precisions",
     "sensitivity",
+    "sorting_unit",
     "targets",
 ]
 
@@ -89,6 +93,7 @@ _HOMES = {
     "Search": "searching",
     "Sensitivity": "searching",
     "SideBySide": "evaluation",
+    "SortingUnit": "targets.sorting_unit",
     "Transitions": "transitions",
     "compare": "evaluation",
     "compile": "compilation",
@@ -107,6 +112,7 @@ _HOMES = {
     "run": "evaluation",
     "search_precisions": "searching",
     "sensitivity": "searching",
+    "sorting_unit": "sorting",
 }
 
 

@@ -185,6 +185,9 @@ class PassEntry(_Data):
         Operators that quantize or dequantize, and others by what they compute in.
     layers, parameters
         Layers that were made functions of their own, and arrays in ``model.params``.
+    weight_transitions
+        Of permute-channels: layer to transitions of its weights, unsorted, for one sample, before
+        and after.
     """
 
     name: str
@@ -194,6 +197,7 @@ class PassEntry(_Data):
     integer_operators: int
     layers: int
     parameters: int
+    weight_transitions: dict[str, tuple[int, int]] = {}
 
 
 class FloatModel(_Data):

@@ -102,7 +102,7 @@ def _guarded(function: Callable[P, None]) -> Callable[P, None]:
 def _command(function: Callable[P, None]) -> Callable[P, None]:
     """Register a command."""
     guarded = _guarded(function)
-    app.command(name=function.__name__.strip("_"))(guarded)
+    app.command(name=function.__name__.strip("_").replace("_", "-"))(guarded)
     return guarded
 
 
@@ -1092,6 +1092,47 @@ def show(
 
 
 app.add_typer(_targets, name="targets")
+
+
+@_command
+def sorting_unit(
+    window: Annotated[int, typer.Option(help="Terms that are ordered at once.")],
+    output: Annotated[Path, _file_option("--output", "-o", help="The Verilog file to write.")],
+    buckets: Annotated[int, typer.Option(help="Number of buckets; 0 for one a key (exact).")] = 0,
+    word_bits: Annotated[int, typer.Option(help="Width of the words, 1 to 16.")] = 8,
+    key: Annotated[
+        Literal["popcount", "gray-rank"], typer.Option(help="What words are sorted by.")
+    ] = "popcount",
+    map_: Annotated[
+        str,
+        typer.Option("--map", help="uniform, or the bucket of every key: 0.0.0.1.1.2.2.3.3."),
+    ] = "uniform",
+    direction: Annotated[
+        Literal["descending", "ascending"], typer.Option(help="Which keys go first.")
+    ] = "descending",
+    starts: Annotated[
+        Literal["chained", "counted"],
+        typer.Option(help="How the starts of buckets are known: the smaller, or the faster unit."),
+    ] = "chained",
+    name: Annotated[str, typer.Option(help="Name of the Verilog module.")] = "sorting_unit",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a circuit that sorts the words of a window, in Verilog."""
+    from bitwright.sorting import sorting_unit as run
+
+    unit = run(
+        window,
+        output=output,
+        buckets=buckets,
+        word_bits=word_bits,
+        key=key,
+        map_=map_,
+        direction=direction,
+        starts=starts,
+        name=name,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{output}: module {name}, {unit}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -352,7 +352,8 @@ def print_transitions(result: Transitions) -> None:
             "-" if net is None or order in baselines else _signed_energy(net),
         )
     console.print(table)
-    if any(not result.total(o).needs_unit for o in result.orders if Order.parse(o).is_sorted):
+    early = [o for o in result.orders if Order.parse(o).orders_weights]
+    if any(not result.total(order).needs_unit for order in early):
         console.print("orders without words to sort are known at compile time: they need no unit")
     if "nearest" in result.orders:
         console.print("nearest is a bound: no unit finds it")
@@ -437,8 +438,22 @@ def print_applied_passes(result: Passes, artifact: Path) -> None:
             *(str(getattr(entry, heading.replace(" ", "_"))) for heading in counts),
         )
     console.print(table)
+    for entry in result.applied:
+        if entry.weight_transitions:
+            console.print(_weight_transitions(entry.weight_transitions))
     console.print(_layer_table(result.layers, "integer layers"))
     _print_host_operators(console, result.host_operators)
+
+
+def _weight_transitions(layers: Mapping[str, tuple[int, int]]) -> Table:
+    table = new_table(
+        "transitions of weights for one sample, unsorted", ["layer"], ["before", "after", "saved"]
+    )
+    totals = [sum(counts) for counts in zip(*layers.values(), strict=True)]
+    for name, (before, after) in [*layers.items(), ("total", totals)]:
+        saved = units.percent(before - after, before)
+        table.add_row(escape(name), f"{before:,}", f"{after:,}", saved)
+    return table
 
 
 def _memory(accelerator: Accelerator) -> str:

@@ -146,7 +146,15 @@ class Transitions:
         return next(entry for entry in self.layers if entry.layer == layer)
 
     def total(self, order: str) -> Sent:
-        """All layers together; those that do not have the order are sent unsorted."""
+        """All layers together; those that do not have the order are sent unsorted.
+
+        Raises
+        ------
+        KeyError
+            If the order was not counted: it is named as in :attr:`orders`.
+        """
+        if order not in (ROW_MAJOR, UNSORTED, *self.orders):
+            raise KeyError(order)
         total = Sent({})
         for layer in self.layers:
             total = total + layer[order]

@@ -43,6 +43,7 @@ from bitwright.passes.link_entry import (
 from bitwright.passes.ops import COND, SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
+from bitwright.passes.permute_channels import PERMUTED
 from bitwright.passes.popcount_reorder import Measured
 from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
@@ -108,6 +109,9 @@ class PassReport:
         Calls afterwards, in all functions; moves of values do not count.
     layers, parameters
         Composite functions, and parameters of ``main`` behind its inputs.
+    weight_transitions
+        Of a pass that permutes channels: layer to transitions of its weights, unsorted, for one
+        sample, before and after.
     """
 
     name: str
@@ -118,6 +122,7 @@ class PassReport:
     integer_operators: int
     layers: int
     parameters: int
+    weight_transitions: dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -364,6 +369,7 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
                 count["integer"] += 1
         count["layers"] += is_layer(function)
     main = module["main"].attrs
+    permuted = (module.get_attr(PERMUTED) or {}) if name == "permute-channels" else {}
     return PassReport(
         name,
         options,
@@ -373,6 +379,7 @@ def _report(name: str, options: dict[str, Any], seconds: float, module: Any) -> 
         count["integer"],
         count["layers"],
         len(main.get(PARAMETER_NAMES, [])) if main else 0,
+        {str(layer): (int(counts[0]), int(counts[1])) for layer, counts in permuted.items()},
     )
 
 

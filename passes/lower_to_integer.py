@@ -57,7 +57,10 @@ from bitwright.quant.requantization import (
     sum_multipliers,
 )
 
-__all__ = ["LowerToInteger"]
+__all__ = ["CHANNELWISE", "LowerToInteger"]
+
+#: Attribute of a primitive function of one operand that keeps its axis 1, index by index.
+CHANNELWISE = "bitwright.channelwise"
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -435,7 +438,14 @@ class _Lowering:
         def total(dtype: str) -> Any:
             wide = self._centred(rewriter, codes, dtype)
             return rewriter.builder_.emit_te(
-                _window_sums, wide, kernel, strides, dilations, padding, outputs
+                _window_sums,
+                wide,
+                kernel,
+                strides,
+                dilations,
+                padding,
+                outputs,
+                primfunc_attrs={CHANNELWISE: True},
             )
 
         scale = np.asarray(np.float64(codes.scale) / divisor).astype(np.float32)

@@ -19,6 +19,7 @@ _PASSES = {
     "propagate-quantization": "propagate_quantization:PropagateQuantization",
     "partition-for-target": "partition_for_target:PartitionForTarget",
     "lower-to-integer": "lower_to_integer:LowerToInteger",
+    "permute-channels": "permute_channels:PermuteChannels",
     "materialize-transfers": "materialize_transfers:MaterializeTransfers",
     "popcount-reorder": "popcount_reorder:PopcountReorder",
     "lower-scan": "lower_scan:LowerScan",
@@ -28,6 +29,7 @@ _PASSES = {
 
 # They run only where they are named. Each needs what it is mapped to, which is then named, too.
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "permute-channels": (),
     "materialize-transfers": (),
     "popcount-reorder": ("materialize-transfers",),
 }

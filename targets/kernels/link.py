@@ -311,6 +311,7 @@ class _Counts:
         self.vectors = ceil_div(flits * size, _VECTOR)
         self.overreach = self.vectors * _VECTOR // self.bytes
         self.totals = emit.allocate(self.vectors * 8 * _VECTOR, "int64")
+        self.eights = emit.allocate(8 * _VECTOR, "uint8")
         with emit.loop(self.vectors * 8 * _VECTOR) as place:
             _put(self.totals, place, 0)
 
@@ -343,8 +344,9 @@ class _Counts:
             carry = T.bitwise_or(T.bitwise_and(a, b), T.bitwise_and(odd, c))
             return emit.bind(T.bitwise_xor(odd, c)), emit.bind(carry)
 
-        def bits(plane: Expr, bit: int) -> Expr:
-            return T.bitwise_and(T.shift_right(plane, emit.constant(bit, "uint8", _VECTOR)), one)
+        def bits(plane: Expr, bit: Expr) -> Expr:
+            by = emit.broadcast(emit.cast(emit.index(bit), "uint8", 1), _VECTOR)
+            return T.bitwise_and(T.shift_right(plane, by), one)
 
         with emit.loop(groups) as group:
             start = emit.bind(first + group * self.group)
@@ -366,12 +368,15 @@ class _Counts:
                 total = emit.load(sums, bit * _VECTOR, _VECTOR) + bits(eights, bit)
                 emit.store(sums, bit * _VECTOR, total, _VECTOR)
         for bit in range(8):
-            eights = emit.cast(emit.load(sums, bit * _VECTOR, _VECTOR), "uint16", _VECTOR)
-            total = eights * emit.constant(8, "uint16", _VECTOR)
-            for place in range(3):
-                plane = emit.load(planes, place * _VECTOR, _VECTOR)
-                wide = emit.cast(bits(plane, bit), "uint16", _VECTOR)
-                total = total + wide * emit.constant(1 << place, "uint16", _VECTOR)
+            here = emit.load(sums, bit * _VECTOR, _VECTOR)
+            emit.store(self.eights, bit * _VECTOR, here, _VECTOR)
+        left = [emit.bind(emit.load(planes, place * _VECTOR, _VECTOR)) for place in range(3)]
+        with emit.loop(8) as bit:
+            terms = [emit.load(self.eights, bit * _VECTOR, _VECTOR)]
+            terms += [bits(plane, bit) for plane in reversed(left)]
+            total = emit.constant(0, "uint16", _VECTOR)
+            for term in terms:  # eights, fours, twos, ones
+                total = total + total + emit.cast(term, "uint16", _VECTOR)
             place = emit.bind((vector * 8 + bit) * _VECTOR)
             before = emit.load(self.totals, place, _VECTOR)
             emit.store(self.totals, place, before + emit.cast(total, "int64", _VECTOR), _VECTOR)
@@ -379,7 +384,7 @@ class _Counts:
     def collect(self, counts: Buffer, first: Expr, word_bits: int) -> None:
         """Add the counts to int64 ``[lanes, word_bits]`` from ``first`` on."""
         with emit.loop(self.row) as word:
-            for bit in range(word_bits):
+            for bit in range(word_bits):  # LLVM takes longer for a loop
                 at = emit.bind(word * self.bytes + bit // 8)
                 total = self.totals[
                     emit.index((at // _VECTOR * 8 + bit % 8) * _VECTOR + at % _VECTOR)
@@ -585,7 +590,11 @@ class _Layer:
         if spec.on == "nearest":
             with emit.loop(spec.lanes) as lane:
                 _put(self.sent, lane, 0)
-        sizes = {"channel": self.channels, "position": self.positions, "chunk": self.chunks}
+        sizes: dict[Loop, Expr] = {
+            "channel": self.channels,
+            "position": self.positions,
+            "chunk": self.chunks,
+        }
         self.loop = {name: _Counter() for name in spec.loops}
         self.before = {name: _Counter(-1) for name in spec.loops}
         total = emit.bind(self.channels * self.positions * self.chunks)
@@ -644,8 +653,8 @@ class _Layer:
             _put(about["keep_x"], lane, emit.cast(keep_x, "int64", 1))
             keep_w = T.And(channel == before["channel"], chunk_kept)
             _put(about["keep_w"], lane, emit.cast(keep_w, "int64", 1))
-            for name, value in (("channel", channel), ("position", position), ("chunk", chunk)):
-                self.before[name].set(value)
+            for name in spec.loops:
+                self.before[name].set(self.loop[name].get())
 
     def _input(self, base: Expr, tap: Expr) -> Expr:
         """Read an input word."""

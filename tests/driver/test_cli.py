@@ -38,6 +38,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "report": bitwright.report,
     "search": bitwright.search_precisions,
     "sensitivity": bitwright.sensitivity,
+    "sorting-unit": bitwright.sorting_unit,
     "targets": bitwright.describe_targets,
     "targets show": bitwright.describe_target,
 }
@@ -57,6 +58,7 @@ SHOWN = {
     "artifact": "DIR",
     "as_json": "--json",
     "float_model": "--float",
+    "map_": "--map",
     "study": "DIR",
 }
 

@@ -19,9 +19,11 @@ from bitwright.errors import ArtifactError, BitwrightError, ModelError, UsageErr
 from bitwright.linking import measure
 from bitwright.quant.load import load
 from bitwright.quant.observers import TensorQuantization
+from bitwright.quant.reference import Reference
 from bitwright.quant.samples import Samples
 from bitwright.targets.link import flits, transitions
 from bitwright.targets.orders import Order, quantile_map
+from bitwright.targets.places import constant_places
 from bitwright.transitions import ROW_MAJOR, UNSORTED
 from tests.quant.qdq import Builder, quantize
 
@@ -113,7 +115,7 @@ def conv_case(x: tuple[int, ...], w: tuple[int, ...], **attributes: Any) -> Call
 
 def product_case(
     x: tuple[int, ...], w: tuple[int, ...], *, operator: str = "MatMul", left: bool = False,
-    computed: bool = False, **attributes: int,
+    computed: bool = False, **attributes: Any,
 ) -> Callable[..., Any]:  # fmt: skip
     def make(builder: Builder, random: np.random.Generator) -> tuple[str, Array, Any]:
         data = builder.activation(builder.input("x", x), Q)
@@ -210,7 +212,7 @@ def test_the_convolutions_of_lenet(lenet: Path, images: Mapping[str, Array]) -> 
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     made = {name: node for node in model.graph.node for name in node.output}
     loaded = load(lenet)
-    _, codes = linking.Reference(loaded).run(one)
+    _, codes = Reference(loaded).run(one)
     for node in (node for node in model.graph.node if node.op_type == "Conv"):
         weights = arrays[made[node.input[1]].input[0]].astype(np.int64)
         data = made[node.input[0]]
@@ -271,6 +273,8 @@ def test_every_order_of_the_definition(lenet: Path, images: Mapping[str, Array])
         "popcount=on:inputs:direction:ascending",
         "popcount=on:separated:buckets:4",
         "popcount=buckets:5:map:quantile:on:inputs",
+        "gray-rank=buckets:6:map:calibrated:on:inputs",
+        "chain",
     ]
     found = bitwright.link(lenet, one, orders=texts)
     sent: dict[str, linking.LayerStream] = {}
@@ -281,9 +285,14 @@ def test_every_order_of_the_definition(lenet: Path, images: Mapping[str, Array])
         x, w = link.words(stream.inputs[0]), link.words(stream.weights)
         for text in texts:
             order = Order.parse(text)
-            histogram = np.bincount(x, minlength=256)
-            tables_of = {"inputs": order.table(8, histogram), "weights": order.table(8, histogram)}
-            parts = flits(stream.traffic, x, w, link, order, tables_of)  # type: ignore[arg-type]
+            histogram = np.bincount(x, minlength=256)  # each is in one window
+            places = None
+            of_inputs: dict[Any, Array] = {}
+            if order.is_sorted:
+                of_inputs = dict.fromkeys(("inputs", "weights"), order.table(8, histogram))
+            else:
+                places = constant_places(w, link, order, positions=1)
+            parts = flits(stream.traffic, x, w, link, order, of_inputs, places)
             mine = found[name].sent[str(order)].parts
             assert set(parts) == set(mine)
             for part, words in parts.items():
@@ -448,6 +457,11 @@ def test_the_unit_spends_what_the_link_says(
     # At the break-even nothing is left.
     net = known.net_saved_pj(known.total(order), known.total(UNSORTED))
     assert net == pytest.approx(0, abs=1e-3)
+
+
+def test_an_order_that_was_not_counted(counted: Transitions) -> None:
+    with pytest.raises(KeyError, match="gray-rank"):
+        counted.total("gray-rank")
 
 
 def test_the_table(counted: Transitions, capsys: pytest.CaptureFixture[str]) -> None:

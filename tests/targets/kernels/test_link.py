@@ -66,7 +66,7 @@ class Layer:
     def tables(self, link: Link, order: Order) -> dict[Part, npt.NDArray[np.uint16]]:
         if not order.is_sorted:
             return {}
-        return dict.fromkeys(("inputs", "weights"), order.table(link.word_bits.value))  # type: ignore[arg-type]  # both are parts
+        return dict.fromkeys(("inputs", "weights"), order.table(link.word_bits.value))
 
     def check(self, link: Link, order: Order, accumulator_bits: Any = 64) -> None:
         """Compare what the kernel finds with the definition, and the sums with the plain ones."""
@@ -237,7 +237,8 @@ def check_random(seed: int) -> None:
     link, order, data, weight, bits = draw(generator)
     layers = [convolution(generator, data, weight, bits, batch) for batch in (1, 3)]
     for own_weights in (False, True):
-        sizes = (2, *(int(n) for n in generator.integers(1, [4, 90, 6])))
+        rows, depth, columns = (int(n) for n in generator.integers(1, [4, 90, 6]))
+        sizes = (2, rows, depth, columns)
         layers.append(product(generator, data, weight, bits, sizes, own_weights))
     for layer in layers:
         if allowed(link, order, layer):
@@ -365,9 +366,9 @@ def test_nearest_neighbour(fields: dict[str, Any]) -> None:
     )
     sent = [nearest_flits(layer.traffic, link, link.words(x), link.words(layer.w)) for x in layer.x]
     for part in ("inputs", "weights"):
-        expected = sum(definition.transitions(flits[part], bits) for flits in sent)  # type: ignore[index]  # a part
-        np.testing.assert_array_equal(found.counts[part], expected)  # type: ignore[index]  # a part
-        assert found.flits[part] == sum(len(flits[part]) for flits in sent)  # type: ignore[index]  # a part
+        expected = sum(definition.transitions(flits[part], bits) for flits in sent)
+        np.testing.assert_array_equal(found.counts[part], expected)
+        assert found.flits[part] == sum(len(flits[part]) for flits in sent)
     np.testing.assert_array_equal(found.sums, layer.sums)
 
 
