@@ -77,12 +77,15 @@ class Passes:
         Those that an artefact was compiled with, in their order, with what they did.
     layers, host_operators
         What they made of the artefact's model: integer layers, and what stays float.
+    link
+        How the operands of its layers are sent, and why so; None without transfers.
     """
 
     available: tuple[Any, ...]
     applied: tuple[PassEntry, ...]
     layers: tuple[LayerEntry, ...]
     host_operators: tuple[HostOperator, ...]
+    link: LinkEntry | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -91,6 +94,7 @@ class Passes:
             "applied": [entry.model_dump() for entry in self.applied],
             "layers": [entry.model_dump() for entry in self.layers],
             "host_operators": [entry.model_dump() for entry in self.host_operators],
+            "link": None if self.link is None else self.link.model_dump(mode="json"),
         }
 
 
@@ -113,7 +117,7 @@ def describe_passes(artifact: str | Path | None = None) -> Passes:
     if artifact is None:
         return Passes(passes, (), (), ())
     manifest = read_manifest(Path(artifact))
-    return Passes(passes, manifest.passes, manifest.layers, manifest.host_operators)
+    return Passes(passes, manifest.passes, manifest.layers, manifest.host_operators, manifest.link)
 
 
 def describe_targets() -> targets.Installed:

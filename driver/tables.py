@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bitwright import units
-from bitwright.artifact import Artifact, HostOperator, LayerEntry
+from bitwright.artifact import Artifact, HostOperator, LayerEntry, LinkEntry
 from bitwright.compilation import Passes
 from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
@@ -443,6 +443,25 @@ def print_applied_passes(result: Passes, artifact: Path) -> None:
             console.print(_weight_transitions(entry.weight_transitions))
     console.print(_layer_table(result.layers, "integer layers"))
     _print_host_operators(console, result.host_operators)
+    if result.link is not None:
+        _print_orders(console, result.link)
+
+
+def _print_orders(console: Console, link: LinkEntry) -> None:
+    """Print in which order layers send their terms, who makes it, and why."""
+    table = new_table("sent over the link", ["layer", "order", "made by", "why"], ["terms"])
+    for entry in link.layers:
+        unit = f"sorting unit, of {' and '.join(entry.sorted_by_unit)}"
+        table.add_row(
+            escape(entry.name),
+            escape(entry.order),
+            unit if entry.sorted_by_unit else "-" if entry.order == UNSORTED else "compiler",
+            escape(entry.reason) or ("-" if entry.order == UNSORTED else "asked for"),
+            str(entry.terms),
+        )
+    console.print(table)
+    for name, reason in link.skipped.items():
+        console.print(f"not sent: {escape(name)}: {escape(reason)}")
 
 
 def _weight_transitions(layers: Mapping[str, tuple[int, int]]) -> Table:

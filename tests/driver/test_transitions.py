@@ -170,7 +170,7 @@ def with_price(folder: Path, pj_per_word: float) -> Path:
 
 
 def test_auto_decides_layer_by_layer_on_the_calibration_samples(
-    tmp_path: Path, few: Path, images: Array
+    tmp_path: Path, few: Path, images: Array, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = with_price(tmp_path, 0.1)
     got = bitwright.compile(
@@ -193,6 +193,11 @@ def test_auto_decides_layer_by_layer_on_the_calibration_samples(
     # It says so again where it is counted.
     found = got.count_transitions({"image": images})
     assert [layer.reason for layer in found.layers] == [layer.reason for layer in entry.layers]
+    code, out, _ = run(capsys, "passes", got.folder)
+    assert code == 0
+    for layer in entry.layers:
+        assert " ".join(layer.reason.split()[:2]) in out
+    assert bitwright.describe_passes(got.folder).to_dict()["link"] == entry.model_dump(mode="json")
 
 
 def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifact) -> None:
