@@ -14,6 +14,7 @@ from bitwright.passes.lower_to_integer import LowerToInteger
 from bitwright.passes.materialize_transfers import MaterializeTransfers
 from bitwright.passes.pack_weights import PackWeights
 from bitwright.passes.partition_for_target import PartitionForTarget
+from bitwright.passes.permute_channels import PermuteChannels
 from bitwright.passes.popcount_reorder import PopcountReorder
 from bitwright.passes.propagate_quantization import PropagateQuantization
 from bitwright.passes.registry import DEFAULT, Pipeline, available, parse
@@ -23,6 +24,7 @@ CLASSES = {
     "propagate-quantization": PropagateQuantization,
     "partition-for-target": PartitionForTarget,
     "lower-to-integer": LowerToInteger,
+    "permute-channels": PermuteChannels,
     "materialize-transfers": MaterializeTransfers,
     "popcount-reorder": PopcountReorder,
     "lower-scan": LowerScan,
@@ -30,7 +32,7 @@ CLASSES = {
     "pack-weights": PackWeights,
 }
 NAMES = list(CLASSES)
-OPTIONAL = ["materialize-transfers", "popcount-reorder"]
+OPTIONAL = ["permute-channels", "materialize-transfers", "popcount-reorder"]
 ALWAYS = [name for name in NAMES if name not in OPTIONAL]
 
 
@@ -38,16 +40,19 @@ def test_the_passes_stand_in_the_order_of_the_pipeline() -> None:
     assert list(available()) == NAMES
     assert list(DEFAULT.options) == ALWAYS
     assert [type(step) for step in DEFAULT.create().values()] == [CLASSES[n] for n in ALWAYS]
-    pipeline = parse("popcount-reorder")
+    pipeline = parse("permute-channels,popcount-reorder")
     assert [type(step) for step in pipeline.create().values()] == list(CLASSES.values())
 
 
 def test_optional_passes_run_where_they_are_named_with_what_they_need() -> None:
     assert [name for name, info in available().items() if info.optional] == OPTIONAL
-    assert list(parse("popcount-reorder=buckets:4").options) == NAMES
+    reordering = [name for name in NAMES if name != "permute-channels"]
+    assert list(parse("popcount-reorder=buckets:4").options) == reordering
     assert parse("popcount-reorder=buckets:4").options["popcount-reorder"] == {"buckets": 4}
-    alone = [name for name in NAMES if name != "popcount-reorder"]
+    alone = [name for name in reordering if name != "popcount-reorder"]
     assert list(parse("materialize-transfers").options) == alone
+    permuting = [name for name in NAMES if name in {"permute-channels", *ALWAYS}]
+    assert list(parse("permute-channels").options) == permuting
     assert list(parse("pack-weights=isa:generic").options) == ALWAYS
 
 
