@@ -6,6 +6,7 @@ Run as ``python measure.py``; the README beside this file explains the tables.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -324,6 +325,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=50, help="test images a network")
     parser.add_argument("--networks", type=int, default=10, help="of the ten")
+    parser.add_argument("--without-area", action="store_true", help="synthesise no unit")
     parser.add_argument(
         "--output",
         type=Path,
@@ -342,7 +344,10 @@ def main() -> int:
         console.print(orders_table(results), layers_table(results), energy_table(results))
         console.print(assumptions_table(models[0], images[:20], folder))
     draw(results, arguments.output)
-    console.print(f"pictures: {arguments.output}/orders.png, wires.png")
+    console.print(f"pictures: {arguments.output}/orders.png, wires.png\n")
+    if not arguments.without_area:
+        command = [sys.executable, "-m", "benchmarks.sorting_unit_area", "--windows", "25"]
+        subprocess.run(command, cwd=HERE.parents[1], check=False)  # it says what it lacks
 
     failures = []
     for order, published in PUBLISHED.items():

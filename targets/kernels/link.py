@@ -1,11 +1,11 @@
 """Kernels of links: what a layer sends, ordered, counted, and added up from what arrives.
 
-``targets/link.py`` and ``targets/orders.py`` say in NumPy what is computed here. Three parts are
-shared by all kernels:
+``targets/link.py`` and ``targets/orders.py`` say in NumPy what is computed here, of these parts:
 
 Ranks. The stable counting sort gives a term the number of terms with a smaller key, plus that of
 earlier terms with the same. Both are counted by comparing all pairs of a window's keys, with a
-window in every lane of a vector: no histogram, so any number of buckets takes the same time.
+window in every lane of a vector: no histogram, so any number of buckets takes the same time. Where
+words are ordered and nothing else, counters of few buckets are fields of one 64-bit number.
 
 Streams. The flits of a part are appended to a buffer of fixed size. When it is full they are
 counted, and what the next flits are compared with goes to its front.

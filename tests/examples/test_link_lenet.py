@@ -16,7 +16,14 @@ EXAMPLE = ROOT / "examples" / "link_lenet"
 def measured(folder: Path, *arguments: str) -> list[list[str]]:
     """Rows of the printed tables."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE / "measure.py"), "--output", str(folder), *arguments],
+        [
+            sys.executable,
+            str(EXAMPLE / "measure.py"),
+            "--output",
+            str(folder),
+            "--without-area",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         check=False,

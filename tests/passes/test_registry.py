@@ -40,18 +40,19 @@ def test_the_passes_stand_in_the_order_of_the_pipeline() -> None:
     assert list(available()) == NAMES
     assert list(DEFAULT.options) == ALWAYS
     assert [type(step) for step in DEFAULT.create().values()] == [CLASSES[n] for n in ALWAYS]
-    pipeline = parse("popcount-reorder,permute-channels")
+    pipeline = parse("permute-channels,popcount-reorder")
     assert [type(step) for step in pipeline.create().values()] == list(CLASSES.values())
 
 
 def test_optional_passes_run_where_they_are_named_with_what_they_need() -> None:
     assert [name for name, info in available().items() if info.optional] == OPTIONAL
-    unnamed = ["permute-channels"]
-    named = [name for name in NAMES if name not in unnamed]
-    assert list(parse("popcount-reorder=buckets:4").options) == named
+    reordering = [name for name in NAMES if name != "permute-channels"]
+    assert list(parse("popcount-reorder=buckets:4").options) == reordering
     assert parse("popcount-reorder=buckets:4").options["popcount-reorder"] == {"buckets": 4}
-    alone = [name for name in named if name != "popcount-reorder"]
+    alone = [name for name in reordering if name != "popcount-reorder"]
     assert list(parse("materialize-transfers").options) == alone
+    permuting = [name for name in NAMES if name in {"permute-channels", *ALWAYS}]
+    assert list(parse("permute-channels").options) == permuting
     assert list(parse("pack-weights=isa:generic").options) == ALWAYS
 
 
