@@ -38,7 +38,7 @@ from bitwright.passes.link_entry import (
     SentLayer,
     Transfers,
     add_link_entry,
-    take_transfers,
+    read_transfers,
 )
 from bitwright.passes.ops import COND, SCAN
 from bitwright.passes.pack_weights import PARAMETER_NAMES
@@ -229,11 +229,15 @@ def build(
     host_operators = None
     in_loops: dict[str, list[CompiledLayer]] = {}
     transfers: Transfers | None = None
+    unsent = module
     for name, step in steps.items():
+        if name == "materialize-transfers":
+            unsent = module
         if name == "lower-scan":
             in_loops = _layers_in_loops(module)
-            if "materialize-transfers" in steps:  # main goes on without
-                module, transfers = _run("popcount-reorder", take_transfers, module)
+            if "materialize-transfers" in steps:
+                transfers = _run("popcount-reorder", read_transfers, module)
+                module = unsent  # main goes on without
         if name in ("lower-scan", "schedule-floats") and host_operators is None:
             host_operators = _host_operators(module)  # from here on, floats become kernels
         if name == "pack-weights":  # which lets equal layers share a function

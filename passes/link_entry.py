@@ -1,6 +1,6 @@
 """The entry point ``main_link``: the model with its transfers, in their order, counted.
 
-``main`` drops transfers and orders: sums of integers are the same without. ``main_link`` is a copy
+``main`` does without transfers and orders: sums of integers are the same. ``main_link`` is a copy
 of it in which a kernel computes the sums of each layer whose operands are sent, from words that it
 has ordered, packed into flits, counted and taken out again (``targets/kernels/link.py``)::
 
@@ -26,7 +26,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax, sym, te, tirx, topi
+from tvm import relax, sym, te, tirx
 
 from bitwright.passes import ops
 from bitwright.passes.expressions import (
@@ -40,7 +40,7 @@ from bitwright.passes.expressions import (
     node_name,
     operator,
 )
-from bitwright.passes.materialize_transfers import SKIPPED, drop_transfers, link_of
+from bitwright.passes.materialize_transfers import SKIPPED, link_of
 from bitwright.passes.pack_weights import PARAMETER_NAMES, Parameters
 from bitwright.passes.popcount_reorder import REASONS, SentProduct, sent_products, terms_of
 from bitwright.targets.codegen import IntegerLayer, read_layer
@@ -55,7 +55,7 @@ __all__ = [
     "SentLayer",
     "Transfers",
     "add_link_entry",
-    "take_transfers",
+    "read_transfers",
 ]
 
 Array = npt.NDArray[Any]
@@ -123,14 +123,8 @@ class Transfers:
     skipped: Mapping[str, str]
 
 
-def take_transfers(mod: Any) -> tuple[Any, Transfers]:
-    """Read the transfers of all layers, and drop them.
-
-    Returns
-    -------
-    tuple
-        The module as it was without them, and how the operands of its layers are sent.
-    """
+def read_transfers(mod: Any) -> Transfers:
+    """Read how the operands of all layers are sent."""
     reasons = {str(name): str(text) for name, text in (mod.get_attr(REASONS) or {}).items()}
     skipped = {str(name): str(text) for name, text in (mod.get_attr(SKIPPED) or {}).items()}
     layers: dict[str, SentLayer] = {}
@@ -143,10 +137,7 @@ def take_transfers(mod: Any) -> tuple[Any, Transfers]:
             if product.layer not in layers:
                 reason = reasons.get(product.layer, "")
                 layers[product.layer] = _sent_layer(product, bound, reason)
-    mod = drop_transfers(mod)
-    for attribute in (REASONS, SKIPPED):
-        mod = mod.without_attr(attribute)
-    return mod, Transfers(layers, skipped)
+    return Transfers(layers, skipped)
 
 
 def _sent_layer(product: SentProduct, bound: Mapping[Any, Any], reason: str) -> SentLayer:
@@ -221,6 +212,8 @@ class _Operands:
     bases, taps
         Where the words of a position and of a term lie, as in
         :class:`bitwright.targets.link.Traffic`.
+    unsorted
+        The places of terms that are not sorted; of the shape of ``w``.
     samples, channels, positions
         Sizes of the sums.
     shaped
@@ -231,6 +224,7 @@ class _Operands:
     w: Any
     bases: Any
     taps: Any
+    unsorted: Any
     samples: Any
     channels: Any
     positions: Any
@@ -282,10 +276,10 @@ class _Entry:
         entry = entry.with_attr("params", [*copied.attrs["params"], *arrays])
         entry = entry.with_attr(PARAMETER_NAMES, [*names, *self.parameters.arrays])
         entry = relax.BlockBuilder().normalize(entry)
+        alone = relax.transform.ConvertToDataflow()(tvm.IRModule({tvm.ir.GlobalVar(ENTRY): entry}))
         functions = {**dict(self.mod.functions_items()), **self.functions}
-        functions[global_variable(ENTRY, entry)] = entry
+        functions[global_variable(ENTRY, entry)] = alone[ENTRY]
         mod = tvm.IRModule(functions, attrs=self.mod.attrs, global_infos=self.mod.global_infos)
-        mod = relax.transform.ConvertToDataflow()(mod)
         return LinkEntry(mod, tuple(self.counted.values()), self.batched)
 
     # -- layers --------------------------------------------------------------------------------
@@ -348,14 +342,10 @@ class _Entry:
         dtype: Any,
     ) -> Any:
         """Place of each weight in its window."""
-        batch, channels, terms = operands.w.ty.shape
         if not order.orders_weights:
-            unsorted = (np.arange(sent.terms) % link.window.value).astype(np.uint8)
-            one = relax.const(unsorted.reshape(1, 1, -1))
-            return rewriter.emit(relax.op.broadcast_to(one, (batch, channels, terms)))
+            return operands.unsorted
         if sent.places is not None:
-            places = self.parameters.add(f"{sent.layer}.places", sent.places)
-            return rewriter.emit(relax.op.reshape(places, (batch, channels, terms)))
+            return self.parameters.add(f"{sent.layer}.places", sent.places[None])
         bits, window = link.word_bits.value, link.window.value
         buckets = int(sent.tables["weights"].max()) + 1
         function = self._primitive(
@@ -364,7 +354,7 @@ class _Entry:
             "positions",
         )
         table = self.parameters.add(f"{sent.layer}.weight_table", sent.tables["weights"])
-        kind = relax.TensorType((batch, channels, terms), "uint8")
+        kind = relax.TensorType(operands.w.ty.shape, "uint8")
         return rewriter.emit(relax.call_tir(function, [operands.w, table], kind))
 
     def _primitive(self, key: Any, build: Callable[[str], Any], name: str) -> Any:
@@ -389,10 +379,14 @@ class _Entry:
         if isinstance(layer.spec, ActivationMatmul):
             return self._activations(rewriter, layer.spec, sent, data, weights)
         # Behind the layout of the kernel stand the weights themselves.
-        codes = rewriter.value(weights).args[1].fields[0]
+        codes = rewriter.value(rewriter.value(weights).args[1].fields[0])
         if isinstance(layer.spec, Matmul):
             return self._matmul(rewriter, layer.spec, sent, data, codes)
         return self._convolution(rewriter, layer.spec, sent, data, codes)
+
+    def _unsorted(self, rewriter: CallRewriter, sent: SentLayer, w: Any) -> Any:
+        window = sent.link.window.value
+        return rewriter.builder_.emit_te(_places, w, window, primfunc_name_hint="unsorted_places")
 
     def _convolution(
         self, rewriter: CallRewriter, spec: Convolution, sent: SentLayer, data: Any, codes: Any
@@ -410,14 +404,16 @@ class _Entry:
         )
         images = data.ty.shape[0]
         samples, each = self._samples([images])
-        x = data
+        padded = [sum((n, *around)) for n, around in zip(traffic.shape, traffic.pads, strict=True)]
+        words = math.prod(padded)
+        x, flat = data, False
         if any(spec.pads):
-            widths = [number for pair in ((0, 0), *traffic.pads) for number in pair]
-            x = rewriter.builder_.emit_te(_padded, x, widths, spec.data.zero_point)
-        words = math.prod(int(size) for size in list(x.ty.shape)[1:])
-        x = rewriter.emit(relax.op.reshape(x, (samples, each * words)))
+            zero_point, flat = spec.data.zero_point, _is_one(each)
+            x = rewriter.builder_.emit_te(_padded, x, padded, traffic.pads, zero_point)
+        if not flat:
+            x = rewriter.emit(relax.op.reshape(x, (samples, each * words)))
         channels = spec.out_channels
-        w = rewriter.emit(relax.op.reshape(codes, (1, channels, traffic.terms)))
+        w = rewriter.emit(_unpacked(codes, [1, channels, traffic.terms]))
         bases = self._bases(rewriter, sent, traffic.bases, each, words)
         inner = len(traffic.bases)
 
@@ -428,7 +424,8 @@ class _Entry:
             return rewriter.emit(relax.op.reshape(sums, (images, channels, *spec.output_size)))
 
         taps = self.parameters.add(f"{sent.layer}.taps", traffic.taps)
-        return _Operands(x, w, bases, taps, samples, channels, each * inner, shaped)
+        unsorted = self._unsorted(rewriter, sent, w)
+        return _Operands(x, w, bases, taps, unsorted, samples, channels, each * inner, shaped)
 
     def _matmul(
         self, rewriter: CallRewriter, spec: Matmul, sent: SentLayer, data: Any, codes: Any
@@ -436,8 +433,8 @@ class _Entry:
         leading = list(data.ty.shape)[:-1]
         samples, rows = self._samples(leading)
         x = rewriter.emit(relax.op.reshape(data, (samples, rows * spec.depth)))
-        turned = rewriter.emit(relax.op.permute_dims(codes, [1, 0]))
-        w = rewriter.emit(relax.op.reshape(turned, (1, spec.columns, spec.depth)))
+        rows_of_terms = rewriter.emit(_unpacked(codes, [1, spec.depth, spec.columns]))
+        w = rewriter.emit(relax.op.permute_dims(rows_of_terms, [0, 2, 1]))
         start = np.zeros(1, np.int32)
         bases = self._bases(rewriter, sent, start, rows, spec.depth)
 
@@ -448,7 +445,8 @@ class _Entry:
         taps = self.parameters.add(
             f"{sent.layer}.taps", np.arange(spec.depth, dtype=np.int32)[None]
         )
-        return _Operands(x, w, bases, taps, samples, spec.columns, rows, shaped)
+        unsorted = self._unsorted(rewriter, sent, w)
+        return _Operands(x, w, bases, taps, unsorted, samples, spec.columns, rows, shaped)
 
     def _activations(
         self, rewriter: CallRewriter, spec: ActivationMatmul, sent: SentLayer, left: Any, right: Any
@@ -481,9 +479,10 @@ class _Entry:
             split = rewriter.emit(relax.op.reshape(sums, (*outer, columns, rows)))
             return rewriter.emit(relax.op.permute_dims(split, [*axes, len(outer) + 1, len(outer)]))
 
-        return _Operands(
-            x, rewriter.emit(w), bases, taps, samples, products * columns, rows, shaped
-        )
+        w = rewriter.emit(w)
+        unsorted = self._unsorted(rewriter, sent, w)
+        channels = products * columns
+        return _Operands(x, w, bases, taps, unsorted, samples, channels, rows, shaped)
 
     def _samples(self, sizes: Sequence[Any]) -> tuple[Any, Any]:
         """How many samples axes are for, of which the first holds them, and how many each has."""
@@ -545,10 +544,44 @@ def _behind_product(
     return again(function.body.body)
 
 
-def _padded(x: Any, widths: list[int], zero_point: int) -> Any:
-    """Put the zero point around images."""
-    value = tirx.const(zero_point, x.dtype)
-    return topi.nn.pad(x, widths[::2], widths[1::2], pad_value=value)
+def _unpacked(codes: Any, shape: Sequence[int]) -> Any:
+    """Weights out of their parameter, in another shape than that of the call ``codes``."""
+    attrs = codes.attrs
+    return ops.unpack(
+        codes.args[0],
+        shape=shape,
+        bits=int(attrs["bits"]),
+        low=int(attrs["low"]),
+        dtype=str(attrs["dtype"]),
+    )
+
+
+def _places(w: Any, window: int) -> Any:
+    """Place of each term in its window, where it stays."""
+    return te.compute(
+        w.shape, lambda _sample, _channel, term: (term % window).astype("uint8"), name="places"
+    )
+
+
+def _padded(x: Any, sizes: Sequence[int], pads: Sequence[tuple[int, int]], zero_point: int) -> Any:
+    """Put the zero point around images, and lay each out flat."""
+    padding = tirx.const(zero_point, x.dtype)
+
+    def word(image: Any, place: Any) -> Any:
+        indices: list[Any] = []
+        for size in reversed(sizes):
+            indices.insert(0, place % size)
+            place = place // size
+        places = [index - before for index, (before, _) in zip(indices, pads, strict=True)]
+        inside = [
+            test
+            for index, size, (before, behind) in zip(places, x.shape[1:], pads, strict=True)
+            if before or behind
+            for test in (index >= 0, index < size)
+        ]
+        return tirx.if_then_else(tirx.all(*inside), x[(image, *places)], padding)
+
+    return te.compute((x.shape[0], math.prod(sizes)), word, name="padded")
 
 
 def _steps(count: Any, words: Any) -> Any:

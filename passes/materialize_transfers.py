@@ -16,6 +16,7 @@ point. The padding of a convolution is sent, too. ``docs/link.md`` says in which
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -49,7 +50,10 @@ _NO_GEOMETRY = "no kernel computes it, so nobody says in which order its operand
 
 def link_of(transfer: Any) -> Link:
     """The link of a call of ``bitwright.transfer``."""
-    return Link.model_validate_json(str(transfer.attrs["link"]))
+    return _link(str(transfer.attrs["link"]))
+
+
+_link = functools.cache(Link.model_validate_json)  # one text for all layers
 
 
 def drop_transfers(mod: Any) -> Any:
@@ -65,7 +69,7 @@ def drop_transfers(mod: Any) -> Any:
     def run(mod: Any) -> Any:
         for variable, function in mod.functions_items():
             if isinstance(function, relax.Function):
-                mod[variable] = CallRewriter(mod, drop).visit_expr(function)
+                mod[variable] = CallRewriter(None, drop).visit_expr(function)
         return mod
 
     return rewriting(run)(mod)
@@ -131,7 +135,7 @@ class MaterializeTransfers:
                 links[where] = targets.get_link(where)
             _check_words(name, function, layer, links[where])
             insert = _inserting(name, layer, links[where].model_dump_json(exclude_none=True))
-            mod[variable] = CallRewriter(mod, insert).visit_expr(function)
+            mod[variable] = CallRewriter(None, insert).visit_expr(function)
         return mod.with_attr(SKIPPED, skipped) if skipped else mod
 
 

@@ -329,7 +329,7 @@ class PopcountReorder:
                     reasons[product.layer] = reason
             if changes:
                 _check_places(function, bound, changes)
-                mod[variable] = CallRewriter(mod, _reordering(bound, changes, sorts)).visit_expr(
+                mod[variable] = CallRewriter(None, _reordering(bound, changes, sorts)).visit_expr(
                     function
                 )
         return mod.with_attr(REASONS, reasons) if reasons else mod

@@ -7,6 +7,7 @@ the same table. The positions are those of the stable counting sort of arXiv 260
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args, get_type_hints
@@ -244,9 +245,8 @@ class Order:
     snake: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if choices and getattr(self, name) not in choices:
+        for name, choices in _choices().items():
+            if getattr(self, name) not in choices:
                 raise UsageError(
                     f"there is no {name} {getattr(self, name)!r} of an order",
                     fix="choose one of " + ", ".join(map(str, choices)),
@@ -389,3 +389,10 @@ class Order:
         if self.direction == "descending":
             found = found[-1] - found
         return found[keys(self.key, word_bits)]
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """What the fields of an order may be, for those that are a choice."""
+    hints = get_type_hints(Order)
+    return {name: get_args(hint) for name, hint in hints.items() if get_args(hint)}

@@ -16,9 +16,9 @@ from bitwright import targets
 from bitwright.importer import import_model
 from bitwright.linking import LayerStream, streams
 from bitwright.passes.build import Built
-from bitwright.passes.link_entry import ENTRY, add_link_entry, take_transfers
+from bitwright.passes.link_entry import ENTRY, add_link_entry, read_transfers
 from bitwright.passes.lower_to_integer import LowerToInteger
-from bitwright.passes.materialize_transfers import MaterializeTransfers
+from bitwright.passes.materialize_transfers import MaterializeTransfers, drop_transfers
 from bitwright.passes.pack_weights import PackWeights
 from bitwright.passes.partition_for_target import PartitionForTarget
 from bitwright.passes.popcount_reorder import PopcountReorder
@@ -308,22 +308,21 @@ def test_a_layer_that_is_used_in_several_ways_is_sent_once() -> None:
 
 def test_main_is_what_it_is_without_transfers() -> None:
     before = [PropagateQuantization(), PartitionForTarget(), LowerToInteger()]
-    sent = [MaterializeTransfers("ordering-simulator"), PopcountReorder()]
-    imported = import_model(load(network("n")))
-    plain = transform(imported, *before, PackWeights())
-    stripped, transfers = take_transfers(transform(imported, *before, *sent))
-    packed = transform(stripped, PackWeights())
-    assert_same(packed, plain)
-    entry = add_link_entry(packed, transfers)
+    unsent = transform(import_model(load(network("n"))), *before)
+    sent = transform(unsent, MaterializeTransfers("ordering-simulator"), PopcountReorder())
+    assert_same(drop_transfers(sent), unsent)
+    packed = transform(unsent, PackWeights())
+    entry = add_link_entry(packed, read_transfers(sent))
     for variable, function in packed.functions_items():
         tvm.ir.assert_structural_equal(entry.module[variable.name_hint], function)
 
 
 def test_kernels_are_shared_by_all_layers() -> None:
     imported = import_model(load(network("n")))
-    passes = [PropagateQuantization(), PartitionForTarget(), LowerToInteger()]
-    passes += [MaterializeTransfers("ordering-simulator"), PopcountReorder(on="inputs")]
-    module, transfers = take_transfers(transform(imported, *passes))
-    found = add_link_entry(transform(module, PackWeights()), transfers).module
+    before = [PropagateQuantization(), PartitionForTarget(), LowerToInteger()]
+    unsent = transform(imported, *before)
+    passes = [MaterializeTransfers("ordering-simulator"), PopcountReorder(on="inputs")]
+    transfers = read_transfers(transform(unsent, *passes))
+    found = add_link_entry(transform(unsent, PackWeights()), transfers).module
     kernels = [v.name_hint for v in found.get_global_vars() if v.name_hint.startswith("link_")]
     assert len(kernels) == 3  # row-major, column-major, sorted
