@@ -22,8 +22,9 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -300,8 +301,14 @@ class PopcountReorder:
     def order(self, link: Link) -> Order:
         """The order that layers get on a link."""
         order = Order.parse(link.order)
-        if order.key in ("none", "nearest") and "key" not in self._options:
-            order = Order("popcount")
+        # What the link says of sorting is none of a key that sorts nothing.
+        if "key" in self._options:
+            if not Order(self._options["key"]).is_sorted:
+                order = Order()
+        elif order.key in ("none", "nearest") or (
+            not order.is_sorted and self._options.keys() & {"on", "buckets", "map", "direction"}
+        ):
+            order = Order("popcount", snake=order.snake)
         return replace(order, **self._options)
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
@@ -357,14 +364,22 @@ class PopcountReorder:
             link = link.model_copy(update={"window": window})
         codes = constant(weights.args[0])
         sizes = _sizes(product.call)
-        link.check(order, **sizes, chunks=-(-terms // link.window.value))
+        check = functools.partial(link.check, **sizes, chunks=-(-terms // link.window.value))
         insert, reason = True, ""
-        if order.key == "chain" and codes is None:
+        refused = _refusal(check, order)
+        if refused is not None and not self.auto:
+            raise refused
+        if refused is not None:
+            insert, reason = False, f"left unsorted: {refused.what}"
+        elif order.key == "chain" and codes is None:
             insert = False
             reason = "left unsorted: its weights are computed, and a chain is one of constants"
         elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
-            insert, reason = self._worth(product.layer, order, link, unit=unit)
+            known = codes is not None and _refusal(check, replace(order, on="weights")) is None
+            insert, reason = self._worth(
+                product.layer, order, link, unit=unit, at_compile_time=known
+            )
         if not insert and self.window is None:
             return reason
         order = order if insert else Order()
@@ -422,8 +437,14 @@ class PopcountReorder:
             )
         return measured.histograms[part]
 
-    def _worth(self, layer: str, order: Order, link: Link, *, unit: bool) -> tuple[bool, str]:
-        """Whether an order saves more than it spends, and the figures."""
+    def _worth(
+        self, layer: str, order: Order, link: Link, *, unit: bool, at_compile_time: bool
+    ) -> tuple[bool, str]:
+        """Whether an order saves more than it spends, and the figures.
+
+        ``unit`` tells whether it needs one, ``at_compile_time`` whether the layer could be sorted
+        on its weights without.
+        """
         measured = (self.measured or {}).get(layer)
         text = str(order)
         if measured is None or text not in measured.transitions:
@@ -434,20 +455,39 @@ class PopcountReorder:
         spent = 0.0
         if unit:
             if link.energy_pj_per_word is None:
+                instead = "sort on:weights, which is done at compile time, "
                 raise UsageError(
-                    f"nobody says what a sorting unit spends on a word, and {text} needs one",
-                    fix="add energy_pj_per_word to the description of the link, sort on:weights, "
-                    "which is done at compile time, or leave auto out",
+                    f"the link has no energy_pj_per_word, what a sorting unit spends on a word, "
+                    f"and {text} needs one",
+                    fix="add it to the description of the link, "
+                    f"{instead * at_compile_time}or leave auto out",
                 )
             spent = link.energy_pj_per_word.value * measured.words_sorted[text]
         fewer = measured.transitions[_UNSORTED] - measured.transitions[text]
         saved = link.energy_pj_per_transition.value * fewer
         figures = (
             f"{text} takes {fewer:,} of {measured.transitions[_UNSORTED]:,} transitions off, "
-            f"{saved:,.4g} pJ"
+            f"{_energy(saved)}"
         )
-        figures += f"; the unit spends {spent:,.4g} pJ" if spent else ", and needs no unit"
+        figures += f"; the unit spends {_energy(spent)}" if spent else ", and needs no unit"
         return saved > spent, f"{'reordered' if saved > spent else 'left unsorted'}: {figures}"
+
+
+def _refusal(check: Callable[[Order], None], order: Order) -> UsageError | None:
+    """Why a link cannot have an order; None if it can."""
+    try:
+        check(order)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _energy(pj: float) -> str:
+    """An energy as tables write it."""
+    for size, unit in ((1e9, "mJ"), (1e6, "uJ"), (1e3, "nJ")):
+        if abs(pj) >= size:
+            return f"{pj / size:.4g} {unit}"
+    return f"{pj:.4g} pJ"
 
 
 @dataclass(frozen=True)

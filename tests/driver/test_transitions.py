@@ -208,7 +208,7 @@ def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifac
             passes="popcount-reorder=auto:true",
             output=tmp_path / "out",
         )
-    with pytest.raises(UsageError, match=r"layer 'conv1'.*what a sorting unit spends on a word"):
+    with pytest.raises(UsageError, match=r"layer 'conv1'.*no energy_pj_per_word"):
         compiled(tmp_path / "out", few, "popcount-reorder=auto:true:on:inputs")
     assert not (tmp_path / "out").exists()
 

@@ -203,6 +203,25 @@ def test_options_left_out_are_those_of_the_link() -> None:
     assert order_of(transform(Sent, PopcountReorder(key="none", snake=True))) == "none=snake:true"
 
 
+@pytest.mark.parametrize(
+    "text, options, expected",
+    [
+        ("popcount=on:inputs", {"key": "chain"}, "chain"),
+        ("popcount=on:inputs:buckets:4", {"key": "none", "snake": True}, "none=snake:true"),
+        ("popcount=on:inputs", {"key": "gray-rank"}, "gray-rank=on:inputs"),
+        ("chain=snake:true", {}, "chain=snake:true"),
+        ("chain=snake:true", {"snake": False}, "chain"),
+        ("chain=snake:true", {"on": "inputs"}, "popcount=on:inputs:snake:true"),
+        ("chain=snake:true", {"buckets": 4, "snake": False}, "popcount=buckets:4"),
+    ],
+)
+def test_a_key_that_sorts_nothing_takes_no_options_of_one_that_sorts(
+    text: str, options: dict[str, Any], expected: str
+) -> None:
+    link = LINK.model_copy(update={"order": text})
+    assert str(PopcountReorder(**options).order(link)) == expected
+
+
 def test_a_window_is_that_of_the_link_or_the_given_one() -> None:
     assert link_of(first(transform(Sent, PopcountReorder()))) == LINK
     after = transform(Sent, PopcountReorder(window=30))
@@ -344,9 +363,9 @@ def test_auto_weighs_what_the_unit_spends() -> None:
     assert reason.startswith("left unsorted: ")
     assert "100 of 1,000" in reason
     assert "200 pJ" in reason
-    with pytest.raises(UsageError, match=r"layer 'fc': .*what a sorting unit spends") as raised:
+    with pytest.raises(UsageError, match=r"layer 'fc': .*no energy_pj_per_word") as raised:
         transform(priced(None), PopcountReorder(on="inputs", auto=True, measured=found))
-    assert "energy_pj_per_word" in str(raised.value)
+    assert "on:weights" in str(raised.value.fix)
 
 
 def test_auto_needs_no_price_for_what_is_done_at_compile_time() -> None:
@@ -517,6 +536,24 @@ def test_who_shares_a_link_shares_the_order() -> None:
     assert order_of(transform(Reusing, PopcountReorder())) == "popcount=on:inputs"
     with pytest.raises(UsageError, match="layer 'fc': the inputs are sent once for every channel"):
         transform(Reusing, PopcountReorder(on="weights"))
+    # Where auto chooses, such a layer is one that has no order; and there is nothing else to try.
+    after = transform(Reusing, PopcountReorder(on="weights", auto=True))
+    assert order_of(after) == "none"
+    reason = str(after.get_attr(REASONS)["fc"])
+    assert reason.startswith("left unsorted: the inputs are sent once for every channel")
+    found = measured_("popcount=on:inputs", 1000, 900, 50)
+    with pytest.raises(UsageError, match="no energy_pj_per_word") as raised:
+        transform(Reusing, PopcountReorder(auto=True, measured=found))
+    assert "on:weights" not in str(raised.value.fix)
+
+
+def test_energies_have_the_units_of_tables() -> None:
+    found = measured_("popcount", 20_000_000, 5_000_000, 0)  # 2 pJ a transition
+    after = transform(priced(None), PopcountReorder(auto=True, measured=found))
+    assert "transitions off, 30 uJ, and" in str(after.get_attr(REASONS)["fc"])
+    found = measured_("popcount", 20_000, 19_000, 0)
+    after = transform(priced(None), PopcountReorder(auto=True, measured=found))
+    assert "transitions off, 2 nJ, and" in str(after.get_attr(REASONS)["fc"])
 
 
 def test_a_transfer_stands_behind_what_its_order_depends_on() -> None:
