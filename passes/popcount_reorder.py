@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from bitwright.errors import UsageError
 from bitwright.passes import ops
@@ -211,18 +211,46 @@ def terms_of(call: Any) -> int:
     return int(np.prod([size for size in sizes if size is not None]))
 
 
-def _sizes(call: Any) -> dict[str, int]:
-    """Channels, groups and positions of a product; 2 positions stand for any unknown number."""
-    shape, weights = static_shape(call), static_shape(call.args[1])
+def _sizes(call: Any, batch: int | None, *, stored: bool) -> dict[str, int]:
+    """Channels, groups and positions of a product for one sample, as ``main_link`` sends them.
+
+    ``batch`` is that of the model, None if symbolic; ``stored`` tells whether the weights are
+    constant; 2 stands for any unknown number.
+    """
+    weights = static_shape(call.args[1])
     assert weights is not None
-    if operator(call) == "matmul":
-        channels, groups, places = weights[-1], 1, None if shape is None else shape[1:-1]
-    else:
-        channels, groups = weights[0], int(call.attrs.groups)
-        places = None if shape is None else shape[2:]
-    known = places is not None and None not in places
-    positions = math.prod(size or 1 for size in places or ()) if known else 2
-    return {"channels": channels or 2, "groups": groups, "positions": positions}
+    shape = None if call.ty.shape is None else list(call.ty.shape)
+    if operator(call) != "matmul":
+        channels, groups = weights[0] or 2, int(call.attrs.groups)
+        positions = _each(shape and [*shape[:1], *shape[2:]], batch)
+    elif stored:
+        channels, groups = weights[-1] or 2, 1
+        positions = _each(shape and shape[:-1], batch)
+    else:  # each product of a sample is a group of channels
+        groups = 1 if len(weights) == 2 else _each(shape and shape[:-2], batch)
+        channels = groups * (weights[-1] or 2)
+        positions = 2 if shape is None else getattr(shape[-2], "value", 2)
+    return {"channels": channels, "groups": groups, "positions": positions}
+
+
+def _batch(mod: Any) -> int | None:
+    """First size of the first input of a model; None if symbolic."""
+    names = [variable.name_hint for variable in mod.get_global_vars()]
+    params = mod["main"].params if "main" in names else []
+    shape = static_shape(params[0]) if params else None
+    return shape[0] if shape else 1
+
+
+def _each(axes: Sequence[Any] | None, batch: int | None) -> int:
+    """How much of what axes count one sample has; the first holds the samples."""
+    if axes is None:
+        return 2
+    sizes = [getattr(dim, "value", None) for dim in axes]
+    if isinstance(axes[0], tirx.Var):
+        sizes[0] = 1 if batch is None else None  # it is the batch
+    elif sizes[0] is not None and batch and sizes[0] % batch == 0:
+        sizes[0] //= batch
+    return math.prod(2 if size is None else size for size in sizes)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PopcountReorder")
@@ -317,6 +345,7 @@ class PopcountReorder:
 
     def _rewrite(self, mod: Any) -> Any:
         reasons = dict(mod.get_attr(REASONS) or {})
+        batch = _batch(mod)
         for variable, function in mod.functions_items():
             if not isinstance(function, relax.Function):
                 continue
@@ -328,7 +357,7 @@ class PopcountReorder:
                 if any(str(entry.attrs["order"]) != _UNSORTED for entry in transfers):
                     continue
                 try:
-                    reason = self._decide(product, *transfers, changes, sorts)
+                    reason = self._decide(product, *transfers, changes, sorts, batch)
                 except UsageError as error:
                     where = f"layer {product.layer!r}"
                     raise UsageError(error.what, where=where, fix=error.fix) from None
@@ -348,6 +377,7 @@ class PopcountReorder:
         weights: Any,
         changes: dict[Any, _Change],
         sorts: dict[Any, _Sort],
+        batch: int | None,
     ) -> str:
         """Note the order of a product's operands; say why, unless it was asked for."""
         link = link_of(inputs)
@@ -363,7 +393,7 @@ class PopcountReorder:
             window = Number[int](value=self.window, source=link.window.source)
             link = link.model_copy(update={"window": window})
         codes = constant(weights.args[0])
-        sizes = _sizes(product.call)
+        sizes = _sizes(product.call, batch, stored=codes is not None)
         check = functools.partial(link.check, **sizes, chunks=-(-terms // link.window.value))
         insert, reason = True, ""
         refused = _refusal(check, order)

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
-from tvm import relax
+from tvm import relax, tirx
 from tvm.script import ir as I  # noqa: N812  # TVM's own names in scripts
 from tvm.script import relax as R  # noqa: N812
 
@@ -18,7 +19,7 @@ from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.materialize_transfers import drop_transfers, link_of
 from bitwright.passes.popcount_reorder import REASONS, Measured, PopcountReorder
-from bitwright.targets.link import Link
+from bitwright.targets.link import Link, Traffic
 from bitwright.targets.orders import Order
 from bitwright.targets.schema import Number
 from tests.passes.modules import assert_same, assert_same_results, transform
@@ -545,6 +546,55 @@ def test_who_shares_a_link_shares_the_order() -> None:
     with pytest.raises(UsageError, match="no energy_pj_per_word") as raised:
         transform(Reusing, PopcountReorder(auto=True, measured=found))
     assert "on:weights" not in str(raised.value.fix)
+
+
+@pytest.mark.parametrize(
+    "batch, stacks, rows, columns, text, refused",
+    [
+        # Each product has inputs of its own: with one column they are sent for it alone.
+        ("n", 2, 5, 1, "popcount", False),
+        ("n", 2, 5, 4, "popcount", True),
+        (3, 2, 5, 1, "popcount", False),
+        (3, 1, 5, 4, "popcount", True),
+    ],
+)
+def test_products_of_activations_share_what_they_send(
+    batch: int | str, stacks: int, rows: int, columns: int, text: str, refused: bool
+) -> None:
+    """The order is refused where the layer's traffic refuses it."""
+    reusing = LINK.model_copy(
+        update={
+            "flit": "separate",
+            "loops": ("position", "chunk", "channel"),
+            "reuse": True,
+            "order": "none",
+        }
+    )
+    link = reusing.model_dump_json(exclude_none=True)
+
+    leading = [tirx.Var("n", "int64") if batch == "n" else batch, stacks]
+    a, b = (
+        relax.Var(name, relax.TensorType([*leading, *shape], "int8"))
+        for name, shape in (("a", (rows, 30)), ("b", (30, columns)))
+    )
+    builder = relax.BlockBuilder()
+    with builder.function("main", [a, b]):
+        with builder.dataflow():
+            x, w = (
+                builder.emit(relax.op.astype(builder.emit(send(*entry, link=link)), "int32"))
+                for entry in ((a, "inputs"), (b, "weights"))
+            )
+            sums = builder.emit_output(relax.op.matmul(x, w, out_dtype="int32"))
+        builder.emit_func_output(sums)
+    module = builder.get()
+
+    taps = np.arange(stacks * 30, dtype=np.int32).reshape(stacks, 30)
+    bases = np.zeros(rows, np.int32)
+    traffic = Traffic("fc", stacks * columns, bases, taps, (stacks * 30,), ((0, 0),))
+    with pytest.raises(UsageError) if refused else nullcontext():
+        traffic.check(reusing, Order.parse(text))
+    with pytest.raises(UsageError, match="layer 'fc'") if refused else nullcontext():
+        transform(module, PopcountReorder(key=text, on="weights"))
 
 
 def test_energies_have_the_units_of_tables() -> None:
