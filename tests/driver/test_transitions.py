@@ -274,7 +274,13 @@ def test_the_command_compares_nothing_meanwhile(
     counting: Artifact, plain: Artifact, few: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["run", counting.folder, "--data", few, "--count-transitions"]
-    for more in (["--metric", "mse"], ["--no-reference"], ["--float", LENET / "lenet.onnx"]):
+    for more in (
+        ["--metric", "mse"],
+        ["--metric", "top1"],  # also what is the default elsewhere
+        ["--reference"],
+        ["--no-reference"],
+        ["--float", LENET / "lenet.onnx"],
+    ):
         code, out, err = run(capsys, *words, *more)
         assert (code, out) == (2, "")
         assert "compares nothing" in err
