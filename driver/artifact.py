@@ -863,7 +863,7 @@ class Artifact:
         self,
         data: str | Path | Mapping[str, Array],
         *,
-        batch_size: int = 16,
+        batch_size: int = 64,
         progress: Callable[[int, int], None] | None = None,
     ) -> Transitions:
         """Send samples over the link, and count how often its wires change.

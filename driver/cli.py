@@ -486,17 +486,19 @@ def run(
     artifact: Annotated[Path, typer.Argument(metavar="DIR", help="An artefact.", readable=False)],
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or package.module:name."
+            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
+            "package.module:name \\[default: top1]."
         ),
-    ] = "top1",
+    ] = None,
     float_model: Annotated[
         Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
     ] = None,
     reference: Annotated[
-        bool, typer.Option(help="Run the integer reference too, which is slow.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Run the integer reference too, which is slow \\[default: --reference]."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 64,
     threads: Annotated[
         int | None, typer.Option(help="Threads of the artefact \\[default: one a processor].")
@@ -511,17 +513,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run an artefact on data, side by side with the models it was made from."""
-    if count_transitions:
-        if (metric, float_model, reference) != ("top1", None, True):
-            raise UsageError(
-                "--count-transitions compares nothing with other models",
-                fix="leave out --metric, --float and --no-reference, or run twice",
-            )
-        _count_transitions(artifact, data, batch_size, threads, as_json=as_json)
-        return
+    from bitwright.evaluation import SideBySide
     from bitwright.evaluation import run as execute
 
-    with _progress("running") as progress:
+    with _progress("sending" if count_transitions else "running") as progress:
         result = execute(
             artifact,
             data,
@@ -530,30 +525,18 @@ def run(
             reference=reference,
             batch_size=batch_size,
             threads=threads,
+            count_transitions=count_transitions,
             progress=progress,
         )
     if as_json:
         _print_json(result.to_dict())
     else:
-        from bitwright.tables import print_side_by_side
+        from bitwright.tables import print_side_by_side, print_transitions
 
-        print_side_by_side(result)
-
-
-def _count_transitions(
-    artifact: Path, data: Path, batch_size: int, threads: int | None, *, as_json: bool
-) -> None:
-    from bitwright.artifact import load_artifact
-
-    loaded = load_artifact(artifact, threads=threads)
-    with _progress("sending") as progress:
-        result = loaded.count_transitions(data, batch_size=batch_size, progress=progress)
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        from bitwright.tables import print_transitions
-
-        print_transitions(result)
+        if isinstance(result, SideBySide):
+            print_side_by_side(result)
+        else:
+            print_transitions(result)
 
 
 @_command

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from bitwright.quant.metrics import Metric, get_metric
 from bitwright.quant.reference import Reference
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
+from bitwright.transitions import Transitions
 
 __all__ = [
     "Comparison",
@@ -437,17 +438,48 @@ def compare(
     return Comparison(loaded.source, len(samples), tuple(regions))
 
 
+@overload
 def run(
     artifact: str | Path,
     data: str | Path | Mapping[str, Array],
     *,
-    metric: str = "top1",
+    metric: str | None = None,
     float_model: str | Path | None = None,
-    reference: bool = True,
+    reference: bool | None = None,
     batch_size: int = 64,
     threads: int | None = None,
+    count_transitions: Literal[False] = False,
     progress: ProgressCallback | None = None,
-) -> SideBySide:
+) -> SideBySide: ...
+
+
+@overload
+def run(
+    artifact: str | Path,
+    data: str | Path | Mapping[str, Array],
+    *,
+    metric: str | None = None,
+    float_model: str | Path | None = None,
+    reference: bool | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    count_transitions: bool,
+    progress: ProgressCallback | None = None,
+) -> SideBySide | Transitions: ...
+
+
+def run(
+    artifact: str | Path,
+    data: str | Path | Mapping[str, Array],
+    *,
+    metric: str | None = None,
+    float_model: str | Path | None = None,
+    reference: bool | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    count_transitions: bool = False,
+    progress: ProgressCallback | None = None,
+) -> SideBySide | Transitions:
     """Run an artefact on data, side by side with the models it was made from.
 
     Parameters
@@ -458,17 +490,29 @@ def run(
         An .npz file or a mapping: one array a model input, and ``labels`` for metrics that compare
         with labels.
     metric
-        As in :func:`evaluate`; ``mse`` and ``sqnr`` compare with the float model.
+        As in :func:`evaluate`, ``top1`` by default; ``mse`` and ``sqnr`` compare with the float
+        model.
     float_model
         The float model; by default the file that was compiled, if it is still what it was.
     reference
-        Whether the integer reference, which is slow, runs too.
+        Whether the integer reference, which is slow, runs too; by default it does.
     batch_size
         Samples a run, where the model leaves it free.
     threads
         How many threads the artefact computes with; by default one a processor.
+    count_transitions
+        Send the samples over the link instead, and count what toggles: see
+        :meth:`~bitwright.Artifact.count_transitions`. Nothing is compared, so there is no metric,
+        float model or reference.
     progress
         Called with samples done and in total.
+
+    Returns
+    -------
+    SideBySide
+        The forms of the model, compared; or
+    Transitions
+        what toggled, with ``count_transitions``.
 
     Raises
     ------
@@ -479,6 +523,15 @@ def run(
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size} is not positive")
+    if count_transitions:
+        if (metric, float_model, reference) != (None, None, None):
+            raise UsageError(
+                "--count-transitions compares nothing with other models",
+                fix="leave out --metric, --float, --reference and --no-reference, or run twice",
+            )
+        sent = load_artifact(artifact, threads=threads)
+        return sent.count_transitions(data, batch_size=batch_size, progress=progress)
+    metric = metric or "top1"
     measure = get_metric(metric)
     loaded = load_artifact(artifact, threads=threads)
     where = str(artifact)
@@ -507,7 +560,7 @@ def run(
         qdq = load(loaded.qdq_model)
         runner = _session_runner(qdq)
         contenders["qdq"] = _Contender(qdq.source, runner, metric, get_metric(metric))
-        if reference:
+        if reference is not False:
             runner = _reference_runner(qdq, loaded.manifest.requantization)
             contenders["reference"] = _Contender(qdq.source, runner, metric, get_metric(metric))
     contenders["artifact"] = _Contender(where, loaded.run, metric, measure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,9 +62,9 @@ class LayerStream:
     traffic
         Its windows.
     inputs
-        Codes of the padded inputs; shape (images, words), of the type that holds them.
+        Codes of the padded inputs; shape (samples, words), of the type that holds them.
     weights
-        Codes of the weights; shape (channels, terms).
+        Codes of the weights; shape (channels, terms). Where they are computed, of one sample.
     inputs_bits, weights_bits
         Width of the codes.
     constant
@@ -88,19 +89,23 @@ def streams(
     model
         A quantized model.
     take
-        Called for every layer of a run, in order of execution; in loops once a step.
+        Called for every layer of a run, in order of execution; in loops once a step, and once a
+        sample where both operands are activations.
     requantization
         As in :class:`~bitwright.quant.reference.Reference`.
     """
     known: dict[Any, tuple[tuple[int, ...], LayerStream]] = {}  # of constant weights, by node
 
     def observe(operands: Operands) -> None:
-        node, shape = operands.node, operands.data.codes.shape
+        if not operands.stored:
+            for stream in _activations(operands):
+                take(stream)
+            return
+        node, shape = operands.node, (operands.batch, *operands.data.codes.shape)
         seen, stream = known.get(node, (None, None))
         if stream is None or seen != shape:
             stream = _stream(operands)
-            if operands.stored:
-                known[node] = shape, stream
+            known[node] = shape, stream
         else:
             stream = replace(stream, inputs=_inputs(operands, stream.traffic))
         take(stream)
@@ -117,8 +122,16 @@ def _stream(operands: Operands) -> LayerStream:
         np.ascontiguousarray(_typed(weights, operands.weights)),
         operands.data.bits,
         operands.weights.bits,
-        operands.stored,
+        constant=True,
     )
+
+
+def _samples(batch: int, leading: int) -> int:
+    """How many samples the first axis of an operand holds; what else it counts are positions.
+
+    One if the batch is not in it: ``main_link`` then sends it at once, too.
+    """
+    return 1 if leading % batch else batch
 
 
 def _typed(codes: npt.NDArray[np.int64], operand: Operand) -> npt.NDArray[Any]:
@@ -127,15 +140,19 @@ def _typed(codes: npt.NDArray[np.int64], operand: Operand) -> npt.NDArray[Any]:
 
 
 def _inputs(operands: Operands, traffic: Traffic) -> npt.NDArray[Any]:
-    codes = _typed(operands.data.codes, operands.data).reshape(-1, *traffic.shape)
+    codes = _typed(operands.data.codes, operands.data)
+    if operands.node.op_type != "Conv":
+        codes = _rows(operands.node, codes, left=not operands.weights_left)
+    codes = codes.reshape(-1, *traffic.shape)
     zero = int(operands.data.zero_point.item())
     padded = np.pad(codes, ((0, 0), *traffic.pads), constant_values=zero)
     return padded.reshape(len(codes), -1)
 
 
 def _convolution(operands: Operands) -> tuple[Traffic, npt.NDArray[np.int64]]:
+    """A convolution; the images of a sample are positions behind each other."""
     node, weights = operands.node, operands.weights.codes
-    _, channels, *size = operands.data.codes.shape
+    images, channels, *size = operands.data.codes.shape
     kernel = weights.shape[2:]
     padding, strides, dilations = padding_of(node, size, kernel)
     traffic = Traffic.convolution(
@@ -149,34 +166,85 @@ def _convolution(operands: Operands) -> tuple[Traffic, npt.NDArray[np.int64]]:
         pads=[*(before for before, _ in padding), *(behind for _, behind in padding)],
         groups=attribute(node, "group", 1),
     )
+    each = images // _samples(operands.batch, images)
+    if each > 1:
+        sizes = zip(traffic.shape, traffic.pads, strict=True)
+        words = math.prod(n + before + behind for n, (before, behind) in sizes)
+        starts = np.arange(each, dtype=np.int32) * np.int32(words)
+        traffic = replace(
+            traffic,
+            bases=(starts[:, None] + traffic.bases).ravel(),
+            shape=(each, *traffic.shape),
+            pads=((0, 0), *traffic.pads),
+        )
     return traffic, weights.reshape(weights.shape[0], -1)
 
 
 def _product(operands: Operands) -> tuple[Traffic, npt.NDArray[np.int64]]:
-    """A matrix product: rows of the data with rows of the weights, terms last.
+    """A product with constant weights: rows of the data with rows of the weights, terms last.
 
     Products of stacks of matrices are groups, each with channels of its own.
     """
     node, left = operands.node, operands.weights_left
-    places = np.arange(operands.data.codes.size, dtype=np.int32)
-    data = _rows(node, places.reshape(operands.data.codes.shape), left=not left)
+    shape = _rows(node, operands.data.codes, left=not left).shape
     weights = _rows(node, operands.weights.codes, left=left)
-    if weights.size == weights.shape[-1] * weights.shape[-2]:  # one matrix for all of a stack
-        data, weights = data.reshape(1, -1, data.shape[-1]), weights.reshape(1, *weights.shape[-2:])
-    stack = np.broadcast_shapes(data.shape[:-2], weights.shape[:-2])
+    samples = _samples(operands.batch, shape[0])
+    single = weights.size == weights.shape[-1] * weights.shape[-2]  # for all of a stack
+    if not single and weights.ndim >= len(shape) and len(weights) > 1:
+        samples = 1  # each has weights of its own
+    data = np.arange(math.prod(shape) // samples, dtype=np.int32)
+    data = data.reshape(shape[0] // samples, *shape[1:])
+    if single:
+        data, weights = data.reshape(1, -1, shape[-1]), weights.reshape(1, *weights.shape[-2:])
+    data, weights = _stacks(data, weights)
+    return _stacked(str(node.name), data, len(weights[0])), weights.reshape(-1, weights.shape[-1])
+
+
+def _activations(operands: Operands) -> Iterator[LayerStream]:
+    """What a product of two activations sends, sample by sample: each has weights of its own."""
+    node, left = operands.node, operands.weights_left
     data, weights = (
-        np.broadcast_to(entry, (*stack, *entry.shape[-2:])).reshape(-1, *entry.shape[-2:])
-        for entry in (data, weights)
+        _rows(node, _typed(operand.codes, operand), left=side)
+        for operand, side in ((operands.data, not left), (operands.weights, left))
     )
-    traffic = Traffic(
-        str(node.name),
-        weights.shape[0] * weights.shape[1],
-        np.ascontiguousarray(data[0, :, 0]),
-        np.ascontiguousarray(data[:, 0, :] - data[0, 0, 0]),
-        (places.size,),
+    stack = np.broadcast_shapes(data.shape[:-2], weights.shape[:-2])
+    samples = _samples(operands.batch, stack[0]) if stack else 1
+    data, weights = (
+        entry.reshape(samples, -1, *entry.shape[1:]) for entry in _stacks(data, weights)
+    )
+    places = np.arange(data[0].size, dtype=np.int32).reshape(data.shape[1:])
+    traffic = _stacked(str(node.name), places, weights.shape[2])
+    for inputs, own in zip(data, weights, strict=True):
+        yield LayerStream(
+            traffic,
+            inputs.reshape(1, -1),
+            np.ascontiguousarray(own.reshape(-1, own.shape[-1])),
+            operands.data.bits,
+            operands.weights.bits,
+            constant=False,
+        )
+
+
+def _stacks(*operands: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Stacks of matrices, each of which has its partner; shape (matrices, rows, terms)."""
+    stack = np.broadcast_shapes(*(entry.shape[:-2] for entry in operands))
+    return [
+        np.broadcast_to(entry, (*stack, *entry.shape[-2:])).reshape(-1, *entry.shape[-2:])
+        for entry in operands
+    ]
+
+
+def _stacked(layer: str, places: npt.NDArray[np.int32], columns: int) -> Traffic:
+    """Traffic of products, by the places of their data [products, rows, terms]."""
+    size = int(places.max()) + 1
+    return Traffic(
+        layer,
+        len(places) * columns,
+        np.ascontiguousarray(places[0, :, 0]),
+        np.ascontiguousarray(places[:, 0, :] - places[0, 0, 0]),
+        (size,),
         ((0, 0),),
     )
-    return traffic, weights.reshape(-1, weights.shape[-1])
 
 
 def _rows(node: Any, array: npt.NDArray[Any], *, left: bool) -> npt.NDArray[Any]:

@@ -55,6 +55,8 @@ __all__ = ["Built", "BuiltLink", "CompiledLayer", "HostOperator", "PassReport", 
 
 TRANSFORM = "main_transform_params"
 
+_OF_TRANSFERS = ("materialize-transfers", "popcount-reorder")
+
 
 @dataclass(frozen=True, slots=True)
 class CompiledLayer:
@@ -236,7 +238,8 @@ def build(
         if name == "lower-scan":
             in_loops = _layers_in_loops(module)
             if "materialize-transfers" in steps:
-                transfers = _run("popcount-reorder", read_transfers, module)
+                made = [name for name in _OF_TRANSFERS if name in steps][-1]
+                transfers = _run(made, read_transfers, module)
                 module = unsent  # main goes on without
         if name in ("lower-scan", "schedule-floats") and host_operators is None:
             host_operators = _host_operators(module)  # from here on, floats become kernels

@@ -22,15 +22,16 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from bitwright.errors import UsageError
 from bitwright.passes import ops
@@ -210,18 +211,46 @@ def terms_of(call: Any) -> int:
     return int(np.prod([size for size in sizes if size is not None]))
 
 
-def _sizes(call: Any) -> dict[str, int]:
-    """Channels, groups and positions of a product; 2 positions stand for any unknown number."""
-    shape, weights = static_shape(call), static_shape(call.args[1])
+def _sizes(call: Any, batch: int | None, *, stored: bool) -> dict[str, int]:
+    """Channels, groups and positions of a product for one sample, as ``main_link`` sends them.
+
+    ``batch`` is that of the model, None if symbolic; ``stored`` tells whether the weights are
+    constant; 2 stands for any unknown number.
+    """
+    weights = static_shape(call.args[1])
     assert weights is not None
-    if operator(call) == "matmul":
-        channels, groups, places = weights[-1], 1, None if shape is None else shape[1:-1]
-    else:
-        channels, groups = weights[0], int(call.attrs.groups)
-        places = None if shape is None else shape[2:]
-    known = places is not None and None not in places
-    positions = math.prod(size or 1 for size in places or ()) if known else 2
-    return {"channels": channels or 2, "groups": groups, "positions": positions}
+    shape = None if call.ty.shape is None else list(call.ty.shape)
+    if operator(call) != "matmul":
+        channels, groups = weights[0] or 2, int(call.attrs.groups)
+        positions = _each(shape and [*shape[:1], *shape[2:]], batch)
+    elif stored:
+        channels, groups = weights[-1] or 2, 1
+        positions = _each(shape and shape[:-1], batch)
+    else:  # each product of a sample is a group of channels
+        groups = 1 if len(weights) == 2 else _each(shape and shape[:-2], batch)
+        channels = groups * (weights[-1] or 2)
+        positions = 2 if shape is None else getattr(shape[-2], "value", 2)
+    return {"channels": channels, "groups": groups, "positions": positions}
+
+
+def _batch(mod: Any) -> int | None:
+    """First size of the first input of a model; None if symbolic."""
+    names = [variable.name_hint for variable in mod.get_global_vars()]
+    params = mod["main"].params if "main" in names else []
+    shape = static_shape(params[0]) if params else None
+    return shape[0] if shape else 1
+
+
+def _each(axes: Sequence[Any] | None, batch: int | None) -> int:
+    """How much of what axes count one sample has; the first holds the samples."""
+    if axes is None:
+        return 2
+    sizes = [getattr(dim, "value", None) for dim in axes]
+    if isinstance(axes[0], tirx.Var):
+        sizes[0] = 1 if batch is None else None  # it is the batch
+    elif sizes[0] is not None and batch and sizes[0] % batch == 0:
+        sizes[0] //= batch
+    return math.prod(2 if size is None else size for size in sizes)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PopcountReorder")
@@ -300,8 +329,14 @@ class PopcountReorder:
     def order(self, link: Link) -> Order:
         """The order that layers get on a link."""
         order = Order.parse(link.order)
-        if order.key in ("none", "nearest") and "key" not in self._options:
-            order = Order("popcount")
+        # What the link says of sorting is none of a key that sorts nothing.
+        if "key" in self._options:
+            if not Order(self._options["key"]).is_sorted:
+                order = Order()
+        elif order.key in ("none", "nearest") or (
+            not order.is_sorted and self._options.keys() & {"on", "buckets", "map", "direction"}
+        ):
+            order = Order("popcount", snake=order.snake)
         return replace(order, **self._options)
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
@@ -310,6 +345,7 @@ class PopcountReorder:
 
     def _rewrite(self, mod: Any) -> Any:
         reasons = dict(mod.get_attr(REASONS) or {})
+        batch = _batch(mod)
         for variable, function in mod.functions_items():
             if not isinstance(function, relax.Function):
                 continue
@@ -321,7 +357,7 @@ class PopcountReorder:
                 if any(str(entry.attrs["order"]) != _UNSORTED for entry in transfers):
                     continue
                 try:
-                    reason = self._decide(product, *transfers, changes, sorts)
+                    reason = self._decide(product, *transfers, changes, sorts, batch)
                 except UsageError as error:
                     where = f"layer {product.layer!r}"
                     raise UsageError(error.what, where=where, fix=error.fix) from None
@@ -341,6 +377,7 @@ class PopcountReorder:
         weights: Any,
         changes: dict[Any, _Change],
         sorts: dict[Any, _Sort],
+        batch: int | None,
     ) -> str:
         """Note the order of a product's operands; say why, unless it was asked for."""
         link = link_of(inputs)
@@ -356,15 +393,23 @@ class PopcountReorder:
             window = Number[int](value=self.window, source=link.window.source)
             link = link.model_copy(update={"window": window})
         codes = constant(weights.args[0])
-        sizes = _sizes(product.call)
-        link.check(order, **sizes, chunks=-(-terms // link.window.value))
+        sizes = _sizes(product.call, batch, stored=codes is not None)
+        check = functools.partial(link.check, **sizes, chunks=-(-terms // link.window.value))
         insert, reason = True, ""
-        if order.key == "chain" and codes is None:
+        refused = _refusal(check, order)
+        if refused is not None and not self.auto:
+            raise refused
+        if refused is not None:
+            insert, reason = False, f"left unsorted: {refused.what}"
+        elif order.key == "chain" and codes is None:
             insert = False
             reason = "left unsorted: its weights are computed, and a chain is one of constants"
         elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
-            insert, reason = self._worth(product.layer, order, link, unit=unit)
+            known = codes is not None and _refusal(check, replace(order, on="weights")) is None
+            insert, reason = self._worth(
+                product.layer, order, link, unit=unit, at_compile_time=known
+            )
         if not insert and self.window is None:
             return reason
         order = order if insert else Order()
@@ -422,8 +467,14 @@ class PopcountReorder:
             )
         return measured.histograms[part]
 
-    def _worth(self, layer: str, order: Order, link: Link, *, unit: bool) -> tuple[bool, str]:
-        """Whether an order saves more than it spends, and the figures."""
+    def _worth(
+        self, layer: str, order: Order, link: Link, *, unit: bool, at_compile_time: bool
+    ) -> tuple[bool, str]:
+        """Whether an order saves more than it spends, and the figures.
+
+        ``unit`` tells whether it needs one, ``at_compile_time`` whether the layer could be sorted
+        on its weights without.
+        """
         measured = (self.measured or {}).get(layer)
         text = str(order)
         if measured is None or text not in measured.transitions:
@@ -434,20 +485,39 @@ class PopcountReorder:
         spent = 0.0
         if unit:
             if link.energy_pj_per_word is None:
+                instead = "sort on:weights, which is done at compile time, "
                 raise UsageError(
-                    f"nobody says what a sorting unit spends on a word, and {text} needs one",
-                    fix="add energy_pj_per_word to the description of the link, sort on:weights, "
-                    "which is done at compile time, or leave auto out",
+                    f"the link has no energy_pj_per_word, what a sorting unit spends on a word, "
+                    f"and {text} needs one",
+                    fix="add it to the description of the link, "
+                    f"{instead * at_compile_time}or leave auto out",
                 )
             spent = link.energy_pj_per_word.value * measured.words_sorted[text]
         fewer = measured.transitions[_UNSORTED] - measured.transitions[text]
         saved = link.energy_pj_per_transition.value * fewer
         figures = (
             f"{text} takes {fewer:,} of {measured.transitions[_UNSORTED]:,} transitions off, "
-            f"{saved:,.4g} pJ"
+            f"{_energy(saved)}"
         )
-        figures += f"; the unit spends {spent:,.4g} pJ" if spent else ", and needs no unit"
+        figures += f"; the unit spends {_energy(spent)}" if spent else ", and needs no unit"
         return saved > spent, f"{'reordered' if saved > spent else 'left unsorted'}: {figures}"
+
+
+def _refusal(check: Callable[[Order], None], order: Order) -> UsageError | None:
+    """Why a link cannot have an order; None if it can."""
+    try:
+        check(order)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _energy(pj: float) -> str:
+    """An energy as tables write it."""
+    for size, unit in ((1e9, "mJ"), (1e6, "uJ"), (1e3, "nJ")):
+        if abs(pj) >= size:
+            return f"{pj / size:.4g} {unit}"
+    return f"{pj:.4g} pJ"
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,8 @@ class Operands:
         Whether the weights are the left operand.
     stored
         Whether the weights are constants of the model.
+    batch
+        Size of the first axis of the model's first input: samples of the run.
     """
 
     node: ir.Node
@@ -192,6 +194,7 @@ class Operands:
     weights: Operand
     weights_left: bool
     stored: bool
+    batch: int
 
 
 class Reference:
@@ -232,6 +235,7 @@ class Reference:
         self._tables: dict[tuple[ir.Value, TensorQuantization], Array] = {}
         self._operators: dict[ir.Node, FloatOperator] = {}
         self._last_uses = _last_uses(model.graph, self._roots)
+        self._batch = 1
         self.regions: dict[str, Region] = {}
 
     def run(
@@ -265,6 +269,8 @@ class Reference:
         values: dict[ir.Value, _Value] = {
             value: np.asarray(inputs[str(value.name)]) for value in graph.inputs
         }
+        first = next(iter(values.values()), None)
+        self._batch = first.shape[0] if isinstance(first, np.ndarray) and first.ndim else 1
         computed = self._run_graph(graph, values, given or {}, self._last_uses)
         return {str(v.name): self._array(v, values) for v in graph.outputs}, computed
 
@@ -636,7 +642,7 @@ class Reference:
                 Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
                 for entry in (data, weights)
             )
-            self._observe(Operands(node, first, second, weights_left, weights.stored))
+            self._observe(Operands(node, first, second, weights_left, weights.stored, self._batch))
         return result
 
 

@@ -391,6 +391,25 @@ def test_text_of_passes_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert "w4a4, w8a8, w16a16" in out
 
 
+def test_sorting_unit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words: Words = ["--window", "5", "--word-bits", "4", "--key", "gray-rank", "--buckets", "4"]
+    words += ["--direction", "ascending", "--starts", "counted", "--name", "psu"]
+    out = run(capsys, "sorting-unit", *words, "-o", tmp_path / "a.v")
+    what = "5 words of 4 bits by gray-rank, 4 buckets, ascending"
+    assert out == f"{tmp_path / 'a.v'}: module psu, {what}\n"
+    unit = bitwright.sorting_unit(
+        5,
+        word_bits=4,
+        key="gray-rank",
+        map_=".".join(str(rank // 4) for rank in range(16)),
+        direction="ascending",
+        starts="counted",
+        name="psu",
+        output=tmp_path / "b.v",
+    )
+    assert (tmp_path / "a.v").read_text() == (tmp_path / "b.v").read_text() == unit.verilog("psu")
+
+
 def test_infinities_are_texts_in_json(capsys: pytest.CaptureFixture[str], few: Path) -> None:
     words: Words = ["--data", few, "--metric", "sqnr", "--against", MODEL, "--json"]
     assert strict(run(capsys, "evaluate", MODEL, *words))["value"] == "inf"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,7 +106,7 @@ def conv_case(x: tuple[int, ...], w: tuple[int, ...], **attributes: Any) -> Call
         operand = builder.activation(builder.input("x", (1, *x)), Q)
         weights = builder.weights(codes, 0.01, bits=8)
         values = random.normal(4, 3, (1, *x)).astype(np.float32)
-        found = list(convolution(quantize(values, Q)[0], codes, 7, **attributes))
+        found = [list(convolution(quantize(values, Q)[0], codes, 7, **attributes))]
         return builder.node("Conv", operand, weights, **attributes), values, found
 
     return make
@@ -124,7 +123,7 @@ def product_case(
         if computed:  # the data with itself, transposed
             node = builder.node("MatMul", data, builder.node("Transpose", data, perm=[0, 2, 1]))
             stacks = [product(stack, stack.T) for stack in codes]
-            return node, values, list(itertools.chain(*stacks))
+            return node, values, list(map(list, stacks))  # samples
         stored = random.integers(-128, 128, w)
         weights = builder.weights(stored, 0.01, bits=8)
         names = (weights, data) if left else (data, weights)
@@ -135,7 +134,13 @@ def product_case(
             codes = codes.T
         if left:  # data along its columns, weights along their rows
             codes, stored = codes.T, stored.T
-        return node, values, list(product(codes.reshape(-1, codes.shape[-1]), stored))
+        if left or attributes.get("transA"):  # the batch is no axis of the rows
+            codes = codes[None]
+        return (
+            node,
+            values,
+            [list(product(np.atleast_2d(sample), stored)) for sample in codes],
+        )  # samples
 
     return make
 
@@ -166,17 +171,21 @@ def write(builder: Builder, output: str, path: Path) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_counts_are_those_of_plain_loops(case: str, tmp_path: Path) -> None:
     builder = Builder()
-    node, values, outputs = CASES[case](builder, np.random.default_rng(5))
+    node, values, samples = CASES[case](builder, np.random.default_rng(5))
     path = write(builder, node, tmp_path / "model.onnx")
     found = bitwright.link(path, {"x": values[None]}, orders=["popcount"])
     (layer,) = found.layers
     for order, column_major in ((ROW_MAJOR, False), (UNSORTED, True), ("popcount", True)):
-        expected = naive(outputs, column_major=column_major, ordered=order == "popcount")
+        counts = [
+            naive(outputs, column_major=column_major, ordered=order == "popcount")
+            for outputs in samples
+        ]
         parts = layer.sent[order].parts
+        expected = tuple(np.sum(counts, axis=0))
         assert (parts["inputs"].total, parts["weights"].total) == expected, order
-    terms = len(outputs[0])
+    terms, outputs = len(samples[0][0]), sum(map(len, samples))
     sizes = [min(25, terms - start) for start in range(0, terms, 25)]
-    assert layer[UNSORTED].parts["inputs"].flits == len(outputs) * sum(-(-s // 8) for s in sizes)
+    assert layer[UNSORTED].parts["inputs"].flits == outputs * sum(-(-s // 8) for s in sizes)
     assert layer["popcount"].needs_unit == (case == "two activations")
 
 
@@ -252,8 +261,9 @@ def test_a_model_with_a_fixed_batch_sends_the_same(
     path = tmp_path / "batch.onnx"
     onnx.save(model, path)
     found = bitwright.link(path, images)
-    for name in ("conv1", "conv2"):  # images of a convolution are samples, whatever is around it
-        assert found[name]["popcount"].transitions == counted[name]["popcount"].transitions
+    for layer in counted.layers:
+        for order, sent in layer.sent.items():
+            assert found[layer.layer].sent[order].transitions == sent.transitions
 
 
 def test_the_defaults(counted: Transitions) -> None:

@@ -208,7 +208,7 @@ def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifac
             passes="popcount-reorder=auto:true",
             output=tmp_path / "out",
         )
-    with pytest.raises(UsageError, match=r"layer 'conv1'.*what a sorting unit spends on a word"):
+    with pytest.raises(UsageError, match=r"layer 'conv1'.*no energy_pj_per_word"):
         compiled(tmp_path / "out", few, "popcount-reorder=auto:true:on:inputs")
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +274,13 @@ def test_the_command_compares_nothing_meanwhile(
     counting: Artifact, plain: Artifact, few: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["run", counting.folder, "--data", few, "--count-transitions"]
-    for more in (["--metric", "mse"], ["--no-reference"], ["--float", LENET / "lenet.onnx"]):
+    for more in (
+        ["--metric", "mse"],
+        ["--metric", "top1"],  # also what is the default elsewhere
+        ["--reference"],
+        ["--no-reference"],
+        ["--float", LENET / "lenet.onnx"],
+    ):
         code, out, err = run(capsys, *words, *more)
         assert (code, out) == (2, "")
         assert "compares nothing" in err

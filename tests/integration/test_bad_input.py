@@ -1976,3 +1976,38 @@ def test_links(bench: Bench, options: dict[str, Any], expected: str, fix: str) -
     message = bench.refuse(bench.words("link", **options))
     assert expected in message
     assert fix in message
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"window": 1}, "2 to 256 terms, not 1"),
+        ({"buckets": 1}, "by 1 buckets does nothing"),
+        ({"buckets": 10}, "10 buckets are more than the 9 keys"),
+        ({"word_bits": 17}, "words have 1 to 16 bits, not 17"),
+        ({"map": "0.1.2.1.2.3.3.3.3"}, "falls, from 2 at key 2 to 1"),
+        ({"map": "0.0.0.2.2.3.3.3.3"}, "leaves a bucket out"),
+        ({"map": "0.0.0.1.1.2.2.3.3", "word_bits": 16}, "16-bit words have the keys 0 to 16"),
+        ({"map": "steps"}, "no bucket map 'steps'"),
+        ({"map": "quantile", "buckets": 4}, "depends on data"),
+        ({"key": "gray-rank"}, "2 to 64 buckets, not 256"),
+        ({"name": "9"}, "no name of a Verilog module"),
+        ({"output": "missing/psu.v"}, "does not exist"),
+    ],
+)
+def test_sorting_units(bench: Bench, options: dict[str, Any], expected: str) -> None:
+    given = {"window": 25, "output": bench.folder / "psu.v", **options}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert expected in bench.refuse(
+        ["sorting-unit", *(word.replace("word_bits", "word-bits") for word in words)]
+    )
+
+
+def test_a_sorting_unit_that_exists(bench: Bench) -> None:
+    output = bench.folder / "psu.v"
+    output.write_text("mine")
+    words = ["sorting-unit", "--window", "4", "--word-bits", "2", "--output", str(output)]
+    assert "exists already" in bench.refuse(words)
+    code, _, _ = bench.run(*words, "--overwrite")
+    assert code == 0
+    assert output.read_text().startswith("// sorting_unit")

@@ -175,6 +175,18 @@ def test_a_failure_of_tvm_names_the_step() -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.parametrize("name", ["materialize-transfers", "popcount-reorder"])
+def test_a_failure_with_transfers_names_a_pass_that_ran(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_module: Any) -> Any:
+        raise ValueError("no transfers")
+
+    monkeypatch.setattr("bitwright.passes.build.read_transfers", fails)
+    with pytest.raises(RunError, match=f"TVM fails in {name} .*no transfers"):
+        build(module(), targets.get("bitfusion/eyeriss"), pipeline=parse(name))
+
+
 def test_a_module_without_main_is_refused() -> None:
     with pytest.raises(RunError, match="no function main"):
         build(tvm.IRModule(), DRRA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,39 @@ def test_several_rows_and_images_of_a_sample() -> None:
     )
     for index, whole in enumerate(together_[0]):
         np.testing.assert_array_equal(whole, sum(entry[index] for entry in alone))
+    assert_counts_of_the_reference(built, model, {"x": samples}, together_[0])
+
+
+def assert_counts_of_the_reference(
+    built: Built, model: onnx.ModelProto, feeds: Mapping[str, Array], found: Any
+) -> None:
+    """Assert that main_link counts unsorted what the streams of ``bitwright link`` count."""
+    assert built.link is not None
+    expected: dict[str, Any] = {}
+
+    def take(stream: LayerStream) -> None:
+        link = targets.get_link("ordering-simulator")
+        for inputs in stream.inputs:
+            sent = send(replace(stream, inputs=inputs[None]), link, Order())
+            count = np.array([transitions(sent[part], 8) for part in ("inputs", "weights")])
+            expected[stream.traffic.layer] = expected.get(stream.traffic.layer, 0) + count
+
+    streams(load(model), take).run(feeds)
+    results = iter(found)
+    for layer in built.link.layers:
+        for way in layer.variants:
+            counts, _ = next(results), next(results)
+            if way == "none":
+                lanes = expected[layer.layer].shape[1]
+                np.testing.assert_array_equal(counts[:2, :lanes], expected[layer.layer])
+
+
+@pytest.mark.parametrize("batch", [3, 2])
+def test_samples_of_a_fixed_batch_are_sent_as_the_reference_does(batch: int) -> None:
+    model, x = network(batch), normal(batch, 4, 6, 5)
+    built = assert_same_bits(model, {"x": x}, "materialize-transfers=link:ordering-simulator")
+    found = execute(built, x, entry=ENTRY)[1:]
+    assert_counts_of_the_reference(built, model, {"x": x}, found)
 
 
 def test_widths_and_asymmetric_activations(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
-from tvm import relax
+from tvm import relax, tirx
 from tvm.script import ir as I  # noqa: N812  # TVM's own names in scripts
 from tvm.script import relax as R  # noqa: N812
 
@@ -18,7 +19,7 @@ from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.materialize_transfers import drop_transfers, link_of
 from bitwright.passes.popcount_reorder import REASONS, Measured, PopcountReorder
-from bitwright.targets.link import Link
+from bitwright.targets.link import Link, Traffic
 from bitwright.targets.orders import Order
 from bitwright.targets.schema import Number
 from tests.passes.modules import assert_same, assert_same_results, transform
@@ -203,6 +204,25 @@ def test_options_left_out_are_those_of_the_link() -> None:
     assert order_of(transform(Sent, PopcountReorder(key="none", snake=True))) == "none=snake:true"
 
 
+@pytest.mark.parametrize(
+    "text, options, expected",
+    [
+        ("popcount=on:inputs", {"key": "chain"}, "chain"),
+        ("popcount=on:inputs:buckets:4", {"key": "none", "snake": True}, "none=snake:true"),
+        ("popcount=on:inputs", {"key": "gray-rank"}, "gray-rank=on:inputs"),
+        ("chain=snake:true", {}, "chain=snake:true"),
+        ("chain=snake:true", {"snake": False}, "chain"),
+        ("chain=snake:true", {"on": "inputs"}, "popcount=on:inputs:snake:true"),
+        ("chain=snake:true", {"buckets": 4, "snake": False}, "popcount=buckets:4"),
+    ],
+)
+def test_a_key_that_sorts_nothing_takes_no_options_of_one_that_sorts(
+    text: str, options: dict[str, Any], expected: str
+) -> None:
+    link = LINK.model_copy(update={"order": text})
+    assert str(PopcountReorder(**options).order(link)) == expected
+
+
 def test_a_window_is_that_of_the_link_or_the_given_one() -> None:
     assert link_of(first(transform(Sent, PopcountReorder()))) == LINK
     after = transform(Sent, PopcountReorder(window=30))
@@ -344,9 +364,9 @@ def test_auto_weighs_what_the_unit_spends() -> None:
     assert reason.startswith("left unsorted: ")
     assert "100 of 1,000" in reason
     assert "200 pJ" in reason
-    with pytest.raises(UsageError, match=r"layer 'fc': .*what a sorting unit spends") as raised:
+    with pytest.raises(UsageError, match=r"layer 'fc': .*no energy_pj_per_word") as raised:
         transform(priced(None), PopcountReorder(on="inputs", auto=True, measured=found))
-    assert "energy_pj_per_word" in str(raised.value)
+    assert "on:weights" in str(raised.value.fix)
 
 
 def test_auto_needs_no_price_for_what_is_done_at_compile_time() -> None:
@@ -517,6 +537,73 @@ def test_who_shares_a_link_shares_the_order() -> None:
     assert order_of(transform(Reusing, PopcountReorder())) == "popcount=on:inputs"
     with pytest.raises(UsageError, match="layer 'fc': the inputs are sent once for every channel"):
         transform(Reusing, PopcountReorder(on="weights"))
+    # Where auto chooses, such a layer is one that has no order; and there is nothing else to try.
+    after = transform(Reusing, PopcountReorder(on="weights", auto=True))
+    assert order_of(after) == "none"
+    reason = str(after.get_attr(REASONS)["fc"])
+    assert reason.startswith("left unsorted: the inputs are sent once for every channel")
+    found = measured_("popcount=on:inputs", 1000, 900, 50)
+    with pytest.raises(UsageError, match="no energy_pj_per_word") as raised:
+        transform(Reusing, PopcountReorder(auto=True, measured=found))
+    assert "on:weights" not in str(raised.value.fix)
+
+
+@pytest.mark.parametrize(
+    "batch, stacks, rows, columns, text, refused",
+    [
+        # Each product has inputs of its own: with one column they are sent for it alone.
+        ("n", 2, 5, 1, "popcount", False),
+        ("n", 2, 5, 4, "popcount", True),
+        (3, 2, 5, 1, "popcount", False),
+        (3, 1, 5, 4, "popcount", True),
+    ],
+)
+def test_products_of_activations_share_what_they_send(
+    batch: int | str, stacks: int, rows: int, columns: int, text: str, refused: bool
+) -> None:
+    """The order is refused where the layer's traffic refuses it."""
+    reusing = LINK.model_copy(
+        update={
+            "flit": "separate",
+            "loops": ("position", "chunk", "channel"),
+            "reuse": True,
+            "order": "none",
+        }
+    )
+    link = reusing.model_dump_json(exclude_none=True)
+
+    leading = [tirx.Var("n", "int64") if batch == "n" else batch, stacks]
+    a, b = (
+        relax.Var(name, relax.TensorType([*leading, *shape], "int8"))
+        for name, shape in (("a", (rows, 30)), ("b", (30, columns)))
+    )
+    builder = relax.BlockBuilder()
+    with builder.function("main", [a, b]):
+        with builder.dataflow():
+            x, w = (
+                builder.emit(relax.op.astype(builder.emit(send(*entry, link=link)), "int32"))
+                for entry in ((a, "inputs"), (b, "weights"))
+            )
+            sums = builder.emit_output(relax.op.matmul(x, w, out_dtype="int32"))
+        builder.emit_func_output(sums)
+    module = builder.get()
+
+    taps = np.arange(stacks * 30, dtype=np.int32).reshape(stacks, 30)
+    bases = np.zeros(rows, np.int32)
+    traffic = Traffic("fc", stacks * columns, bases, taps, (stacks * 30,), ((0, 0),))
+    with pytest.raises(UsageError) if refused else nullcontext():
+        traffic.check(reusing, Order.parse(text))
+    with pytest.raises(UsageError, match="layer 'fc'") if refused else nullcontext():
+        transform(module, PopcountReorder(key=text, on="weights"))
+
+
+def test_energies_have_the_units_of_tables() -> None:
+    found = measured_("popcount", 20_000_000, 5_000_000, 0)  # 2 pJ a transition
+    after = transform(priced(None), PopcountReorder(auto=True, measured=found))
+    assert "transitions off, 30 uJ, and" in str(after.get_attr(REASONS)["fc"])
+    found = measured_("popcount", 20_000, 19_000, 0)
+    after = transform(priced(None), PopcountReorder(auto=True, measured=found))
+    assert "transitions off, 2 nJ, and" in str(after.get_attr(REASONS)["fc"])
 
 
 def test_a_transfer_stands_behind_what_its_order_depends_on() -> None:

@@ -142,19 +142,18 @@ LARGE = [
     (9, "popcount", (), True, "chained"),
     (9, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), False, "counted"),
     (16, "popcount", (0, 0, 0, 0, 0, 1, 1, 1, 1), True, "chained"),
-    (25, "popcount", (), True, "chained"),
-    (25, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), True, "chained"),
     (25, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), True, "counted"),
-    (25, "gray-rank", uniform_map(8, 256), True, "chained"),
 ]
 LARGEST = [
+    (25, "popcount", (), True, "chained"),
     (25, "popcount", (), False, "counted"),
+    (25, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), True, "chained"),
     (25, "popcount", (0, 1, 1, 1, 2, 2, 2, 3, 3), False, "chained"),
+    (25, "gray-rank", uniform_map(8, 256), True, "chained"),
     (25, "gray-rank", uniform_map(5, 256), False, "counted"),
     (49, "popcount", (), True, "chained"),
     (49, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), True, "counted"),
     (49, "gray-rank", uniform_map(8, 256), True, "chained"),
-    (64, "popcount", (0, 0, 0, 1, 1, 2, 2, 3, 3), True, "chained"),
 ]
 
 
@@ -180,7 +179,7 @@ def test_it_is_the_counting_sort_of_the_orders() -> None:
 
 
 @pytest.mark.parametrize("network", ["bubble", "bitonic"])
-@pytest.mark.parametrize("window", [2, 5, 8, 11])
+@pytest.mark.parametrize("window", [2, 5, 8])
 def test_the_networks_it_is_compared_with_do_the_same(window: int, network: Any) -> None:
     unit = SortingUnit(window, 8)
     windows = some_windows(unit, 20)
