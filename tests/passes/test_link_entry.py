@@ -112,9 +112,10 @@ ORDERS = {
 
 
 def options(order: str) -> str:
-    """The options of the pass that make an order."""
+    """The options of the pass that make an order, whatever that of the link is."""
     key, _, rest = order.partition("=")
-    return f"popcount-reorder=key:{key}" + (f":{rest}" if rest else "")
+    snake = "" if "snake" in rest else ":snake:false"
+    return f"popcount-reorder=key:{key}{snake}" + (f":{rest}" if rest else "")
 
 
 @pytest.mark.parametrize("order", ORDERS)
