@@ -464,6 +464,19 @@ def test_no_codes_at_all() -> None:
     assert reorder(np.zeros((3, 0), np.uint8), table).shape == (3, 0)
 
 
+@pytest.mark.parametrize("sort", [positions, reorder])
+@pytest.mark.parametrize("terms, window", [(257, None), (9, 257), (9, 0), (9, -1)])
+def test_places_are_bytes(sort: Any, terms: int, window: int | None) -> None:
+    with pytest.raises(UsageError, match="a window of -?[0-9]+ terms"):
+        sort(np.zeros((2, terms), np.uint8), Order("popcount").table(8), window)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint64", "float16", "bool"])
+def test_codes_of_other_types_are_not_sorted(dtype: str) -> None:
+    with pytest.raises(UsageError, match=f"codes of type {dtype}"):
+        positions(np.zeros((2, 9), dtype), Order("popcount").table(8))
+
+
 # --------------------------------------------------------------------------- counts
 
 
