@@ -275,14 +275,11 @@ class _Counter:
         self._layers[name] = self._layers[name] + found if name in self._layers else found
 
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
-        from bitwright.targets.kernels.link import LayerKernel
-
         for order in self._orders:
             try:
                 stream.traffic.check(self._link, order)
                 if order.key == "chain" and not stream.constant:
                     raise UsageError("its weights are computed, and a chain is one of constants")
-                LayerKernel.of(self._link, order, "int8", "int8", 64)
             except UsageError as error:
                 yield str(order), error
 

@@ -143,8 +143,14 @@ class Link(Data):
         ------
         UsageError
             If inputs that serve many channels would need an order for each, or weights that serve
-            many positions one for each.
+            many positions one for each; if the nearest neighbour does not follow every window.
         """
+        if order.key == "nearest" and (self.reuse or order.snake):
+            raise UsageError(
+                "the nearest neighbour goes from each window to the next, so there is none with "
+                "reuse or with flits in reverse order",
+                fix="take a link without reuse, and nearest without snake",
+            )
         sizes = {"channel": channels, "position": positions, "chunk": chunks}
         changing = [loop for loop in self.loops if sizes[loop] > 1]
         if not (self.reuse and (order.is_sorted or order.orders_weights) and changing):
@@ -369,6 +375,27 @@ def _index_flits(index: IntArray, link: Link) -> Words:
     return np.asarray(found, np.uint16)
 
 
+def _nearest(x: Words, w: Words, before: dict[int, Words], link: Link) -> IntArray:
+    """Places of a window's terms, slot by slot the pair nearest to what its lane sent before.
+
+    ``before`` holds the last pair of each lane, and is changed.
+    """
+    lanes, terms = link.lanes.value, len(x)
+    count = -(-terms // lanes)
+    pairs = np.stack([x, w], axis=1)
+    left, places = list(range(terms)), np.empty(terms, np.int64)
+    for lane in range(lanes):
+        for flit in range(count):
+            rank = flit * lanes + lane if link.packing == "row-major" else lane * count + flit
+            pair = np.zeros(2, np.uint16)
+            if rank < terms:
+                changed = pairs[left] ^ before.get(lane, pairs[left])
+                term = left.pop(int(np.bitwise_count(changed).sum(1).argmin()))
+                places[term], pair = rank, pairs[term]
+            before[lane] = pair
+    return places
+
+
 def flits(
     traffic: Traffic,
     inputs: Words,
@@ -399,13 +426,20 @@ def flits(
     -------
     dict
         Part to words, shape (flits, lanes). The part ``index`` is there for ``separated`` orders.
+
+    Raises
+    ------
+    UsageError
+        If the link cannot have the order for this layer.
     """
+    traffic.check(link, order)
     parts: dict[Part, list[Words]] = {"inputs": [], "weights": []}
     if order.is_sorted and order.on == "separated":
         parts["index"] = []
     chunks = traffic.chunks(link.window.value)
     in_group = traffic.channels // traffic.taps.shape[0]
     last: dict[Part, tuple[int, int]] = {}
+    before: dict[int, Words] = {}
     for number, (channel, position, chunk) in enumerate(traffic.sequence(link)):
         span = chunks[chunk]
         taps = traffic.taps[channel // in_group, span]
@@ -415,6 +449,8 @@ def flits(
         if order.key == "chain":
             assert places is not None
             places_x = places_w = places[channel, span].astype(np.int64)
+        if order.key == "nearest":
+            places_x = places_w = _nearest(x, w, before, link)
         if order.is_sorted:
             if order.on != "weights":
                 places_x = counting_sort(tables["inputs"][x])

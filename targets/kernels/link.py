@@ -94,14 +94,6 @@ class LayerKernel:
     weight: ActivationType
     accumulator_bits: Literal[32, 64]
 
-    def __post_init__(self) -> None:
-        if self.on == "nearest" and (self.reuse or self.snake):
-            raise UsageError(
-                "the nearest neighbour goes from each window to the next, so there is none with "
-                "reuse or with flits in reverse order",
-                fix="take a link without reuse, and nearest without snake",
-            )
-
     @classmethod
     def of(
         cls,
