@@ -25,7 +25,7 @@ from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.reference import Operand, Operands, Reference, padding_of
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.targets.link import Link, Part, Traffic
+from bitwright.targets.link import MOST_LANES, Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
@@ -427,6 +427,12 @@ def sized(link: Link, window: int | None = None, flit_bits: int | None = None) -
             raise UsageError(
                 f"{flit_bits} bits are no whole number of lanes: {each} takes {width}",
                 fix=f"take a multiple of {width}",
+            )
+        if flit_bits > width * MOST_LANES:
+            raise UsageError(
+                f"{flit_bits} bits are {flit_bits // width} lanes, and a link has {MOST_LANES} at "
+                "most",
+                fix=f"take {width * MOST_LANES} bits or fewer",
             )
         changes["lanes"] = Number(value=flit_bits // width, source=link.lanes.source)
     return link.model_copy(update=changes)

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ from pydantic import Field, field_validator, model_validator
 
 from bitwright.errors import UsageError
 from bitwright.targets.orders import Order, counting_sort
-from bitwright.targets.schema import Clock, Count, Data, Number, Positive, Source
+from bitwright.targets.schema import Clock, Data, Number, Positive, Source
 
-__all__ = ["Link", "LinkDescription", "Traffic", "flits", "transitions"]
+__all__ = ["MOST_LANES", "Link", "LinkDescription", "Traffic", "flits", "transitions"]
 
 Words = npt.NDArray[np.uint16]
 IntArray = npt.NDArray[np.int64]
+
+MOST_LANES: Final = 1024
+"""Lanes of the widest flit: buffers and kernels grow with it."""
 
 Loop = Literal["channel", "position", "chunk"]
 Part = Literal["inputs", "weights", "index"]
@@ -42,7 +45,7 @@ class Link(Data):
     word_bits
         Width of a word; narrower codes are extended.
     lanes
-        Words of each operand in a flit.
+        Words of each operand in a flit, 1 to 1024.
     packing
         ``row-major`` fills flit after flit, ``column-major`` lane after lane over the flits of a
         window.
@@ -67,7 +70,7 @@ class Link(Data):
 
     flit: Literal["paired", "separate"]
     word_bits: Number[Annotated[int, Field(gt=0, le=16, strict=True)]]
-    lanes: Number[Count]
+    lanes: Number[Annotated[int, Field(gt=0, le=MOST_LANES, strict=True)]]
     packing: Literal["row-major", "column-major"]
     loops: tuple[Loop, Loop, Loop]
     reuse: Annotated[bool, Field(strict=True)] = False

@@ -259,6 +259,7 @@ def test_narrow_codes_are_extended_and_wide_ones_refused():
         ({"window": 1}, "greater than 1"),
         ({"word_bits": 17}, "less than or equal to 16"),
         ({"lanes": 0}, "greater than 0"),
+        ({"lanes": 1025}, "less than or equal to 1024"),
     ],
 )
 def test_links_that_cannot_be_are_refused(changes, message):
