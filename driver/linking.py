@@ -300,7 +300,8 @@ class _Counter:
             part: PartTransitions(found.flits[part], counts)
             for part, counts in found.counts.items()
         }
-        return Sent(parts, len(stream.inputs) * _words_sorted(stream, link, order))
+        words_sorted = len(stream.inputs) * _words_sorted(stream, link, order)
+        return Sent(parts, words_sorted, bound=order.key == "nearest")
 
     def _sort(self, stream: LayerStream, order: Order) -> _Sort:
         known = self._sorts.get((stream.traffic.layer, order))

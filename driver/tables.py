@@ -352,9 +352,13 @@ def print_transitions(result: Transitions) -> None:
             "-" if net is None or order in baselines else _signed_energy(net),
         )
     console.print(table)
-    early = [o for o in result.orders if Order.parse(o).orders_weights]
-    if any(not result.total(order).needs_unit for order in early):
-        console.print("orders without words to sort are known at compile time: they need no unit")
+    early = [
+        order
+        for order in result.orders
+        if Order.parse(order).orders_weights and not result.total(order).needs_unit
+    ]
+    if early:
+        console.print("known at compile time, without a unit: " + escape(", ".join(early)))
     if "nearest" in result.orders:
         console.print("nearest is a bound: no unit finds it")
     for note in result.notes:

@@ -62,10 +62,13 @@ class Sent:
         ``inputs``, ``weights``, and ``index`` where the order sends one.
     words_sorted
         Words that went through the sorting unit; 0 where orders are known at compile time.
+    bound
+        Whether no hardware makes the order: what it saves is a bound.
     """
 
     parts: Mapping[Part, PartTransitions]
     words_sorted: int = 0
+    bound: bool = False
 
     @property
     def transitions(self) -> int:
@@ -81,7 +84,8 @@ class Sent:
         parts = dict(self.parts)
         for name, part in other.parts.items():
             parts[name] = parts[name] + part if name in parts else part
-        return Sent(parts, self.words_sorted + other.words_sorted)
+        words_sorted = self.words_sorted + other.words_sorted
+        return Sent(parts, words_sorted, self.bound or other.bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,9 @@ class Transitions:
         return self.link.energy_pj_per_transition.value * sent.transitions
 
     def unit_energy_pj(self, sent: Sent) -> float | None:
-        """Energy of the sorting unit, in pJ; None where the link does not tell it."""
+        """Energy of the sorting unit, in pJ; None where the link does not tell it, or none does."""
+        if sent.bound:
+            return None
         if not sent.needs_unit:
             return 0.0
         number = self.link.energy_pj_per_word

@@ -103,7 +103,14 @@ class LayerKernel:
         weight: ActivationType,
         accumulator_bits: Literal[32, 64],
     ) -> LayerKernel:
-        """For an order on a link."""
+        """For an order on a link.
+
+        Raises
+        ------
+        UsageError
+            If the link cannot have the order for any layer.
+        """
+        link.check(order, channels=1, positions=1, chunks=1)
         on: Literal["weights", "inputs", "separated", "nearest"] = "weights"
         if order.key == "nearest":
             on = "nearest"
