@@ -1098,7 +1098,12 @@ app.add_typer(_targets, name="targets")
 def sorting_unit(
     window: Annotated[int, typer.Option(help="Terms that are ordered at once.")],
     output: Annotated[Path, _file_option("--output", "-o", help="The Verilog file to write.")],
-    buckets: Annotated[int, typer.Option(help="Number of buckets; 0 for one a key (exact).")] = 0,
+    buckets: Annotated[
+        int,
+        typer.Option(
+            help="2 to 64; 0 for one a key (exact), which Gray rank needs words below 7 bits for."
+        ),
+    ] = 0,
     word_bits: Annotated[int, typer.Option(help="Width of the words, 1 to 16.")] = 8,
     key: Annotated[
         Literal["popcount", "gray-rank"], typer.Option(help="What words are sorted by.")

@@ -218,7 +218,7 @@ def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifac
     "passes, message",
     [
         ("popcount-reorder=window:26", "layer 'conv1': a window of 26 is larger than the 25 terms"),
-        ("popcount-reorder=map:0.0.1.1", "layer 'conv1': .*has 4 entries"),
+        ("popcount-reorder=key:popcount:map:0.0.1.1", "layer 'conv1': .*has 4 entries"),
         ("popcount-reorder=key:nearest", "no unit"),
         ("materialize-transfers=link:none", "no link 'none'"),
     ],
