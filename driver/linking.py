@@ -482,10 +482,12 @@ def link(
     data
         An .npz file or a mapping: one array a model input. Samples are sent one by one.
     target
-        An accelerator whose link it is, and which a float model is quantized for.
+        An accelerator, or the path of a description: whose link it is where ``link`` names none,
+        and what a float model is quantized for.
     link
-        A link instead: its name, that of an accelerator, or the path of a description. By default
-        that of the artefact's target, or the one of the authors' simulator.
+        A link: its name, that of an accelerator, or the path of a description; it wins over the
+        link of ``target``. By default that of ``target``, of the artefact's target, or the one of
+        the authors' simulator.
     orders
         Orders as :meth:`~bitwright.targets.orders.Order.parse` reads them; ``nearest`` is a bound.
         By default that of the link, exact and with 4 buckets. Unsorted, row-major and as the link
