@@ -637,8 +637,8 @@ def link(
         str | None,
         typer.Option(
             help="A link: ordering-simulator, that of an accelerator, or a description (.yaml); it "
-            "wins over that of --target \\[default: that of --target, or of the artefact's target, or "
-            "ordering-simulator]."
+            "wins over that of --target \\[default: that of --target, of the artefact's target, "
+            "or ordering-simulator]."
         ),
     ] = None,
     order: Annotated[

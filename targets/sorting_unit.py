@@ -36,8 +36,8 @@ _WIDEST_WORD: Final = 16
 _KEYWORDS: Final = frozenset(
     """always and assign automatic begin buf bufif0 bufif1 case casex casez cell cmos config
     deassign default defparam design disable edge else end endcase endconfig endfunction
-    endgenerate endmodule endprimitive endspecify endtable endtask event for force forever fork function
-    generate genvar highz0 highz1 if ifnone incdir include initial inout input instance
+    endgenerate endmodule endprimitive endspecify endtable endtask event for force forever fork
+    function generate genvar highz0 highz1 if ifnone incdir include initial inout input instance
     integer join large liblist library localparam macromodule medium module nand negedge nmos
     nor noshowcancelled not notif0 notif1 or output parameter pmos posedge primitive pull0
     pull1 pulldown pullup pulsestyle_ondetect pulsestyle_onevent rcmos real realtime reg
