@@ -185,13 +185,13 @@ class Link(Data):
         of_output = whole * -(-window // lanes) + -(-rest // lanes)
         return flits // of_output * terms
 
-    def words(self, codes: npt.NDArray[Any]) -> Words:
-        """Codes as they are on the wire: two's complement, ``word_bits`` wide.
+    def check_codes(self, codes: npt.NDArray[Any]) -> None:
+        """Refuse codes that are wider than words.
 
         Raises
         ------
         UsageError
-            If a code is wider.
+            If one is.
         """
         bits = self.word_bits.value
         low, high = (0, (1 << bits) - 1)
@@ -202,6 +202,17 @@ class Link(Data):
                 f"codes from {codes.min()} to {codes.max()} do not fit {bits}-bit words",
                 fix="describe a link with wider words (word_bits)",
             )
+
+    def words(self, codes: npt.NDArray[Any]) -> Words:
+        """Codes as they are on the wire: two's complement, ``word_bits`` wide.
+
+        Raises
+        ------
+        UsageError
+            If a code is wider.
+        """
+        self.check_codes(codes)
+        bits = self.word_bits.value
         return (codes.astype(np.int64) & ((1 << bits) - 1)).astype(np.uint16)
 
 

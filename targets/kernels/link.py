@@ -1097,7 +1097,7 @@ def layer_transitions(
     traffic.check(link, order)
     spec = LayerKernel.of(link, order, x.dtype.name, w.dtype.name, accumulator_bits)  # type: ignore[arg-type]  # refused by TVM
     for codes in (x, w):
-        link.words(codes)
+        link.check_codes(codes)
     weights = np.ascontiguousarray(w.reshape(-1, traffic.channels, traffic.terms))
     if order.orders_weights:
         assert places is not None
