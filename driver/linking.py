@@ -25,18 +25,11 @@ from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.reference import Operand, Operands, Reference, padding_of
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.targets.link import MOST_LANES, Link, Part, Traffic
+from bitwright.targets.link import MOST_LANES, ROW_MAJOR, UNSORTED, Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
-from bitwright.transitions import (
-    ROW_MAJOR,
-    UNSORTED,
-    LayerTransitions,
-    PartTransitions,
-    Sent,
-    Transitions,
-)
+from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from bitwright.vocabulary import Precision, PrecisionPlan
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
 from bitwright.targets import Accelerator, Installed, Link
+from bitwright.targets.link import ROW_MAJOR, UNSORTED
 from bitwright.targets.orders import Order
 from bitwright.targets.schema import entries as numbers
-from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
+from bitwright.transitions import Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitwright.targets.link import Link, Part
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Part
 
-__all__ = ["ROW_MAJOR", "UNSORTED", "LayerTransitions", "PartTransitions", "Sent", "Transitions"]
-
-ROW_MAJOR: Final = "row-major"
-"""Unsorted, flits filled one after the other: what most figures in print are measured against."""
-
-UNSORTED: Final = "none"
-"""Unsorted, in the link's own packing."""
+__all__ = ["LayerTransitions", "PartTransitions", "Sent", "Transitions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +91,8 @@ class LayerTransitions:
     layer
         The ONNX node.
     sent
-        What was sent, by order: :data:`ROW_MAJOR`, :data:`UNSORTED`, and orders as
+        What was sent, by order: :data:`~bitwright.targets.link.ROW_MAJOR`,
+        :data:`~bitwright.targets.link.UNSORTED`, and orders as
         :meth:`~bitwright.targets.orders.Order.parse` reads them.
     reason
         Why the layer has its order, or none; empty where it was asked for.

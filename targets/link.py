@@ -22,13 +22,28 @@ from bitwright.errors import UsageError
 from bitwright.targets.orders import Order, counting_sort
 from bitwright.targets.schema import Clock, Data, Number, Positive, Source
 
-__all__ = ["MOST_LANES", "Link", "LinkDescription", "Traffic", "flits", "transitions"]
+__all__ = [
+    "MOST_LANES",
+    "ROW_MAJOR",
+    "UNSORTED",
+    "Link",
+    "LinkDescription",
+    "Traffic",
+    "flits",
+    "transitions",
+]
 
 Words = npt.NDArray[np.uint16]
 IntArray = npt.NDArray[np.int64]
 
 MOST_LANES: Final = 1024
 """Lanes of the widest flit: buffers and kernels grow with it."""
+
+ROW_MAJOR: Final = "row-major"
+"""Unsorted, flits filled one after the other: what most figures in print are measured against."""
+
+UNSORTED: Final = "none"
+"""Unsorted, in the link's own packing."""
 
 Loop = Literal["channel", "position", "chunk"]
 Part = Literal["inputs", "weights", "index"]

@@ -21,10 +21,9 @@ from bitwright.quant.load import load
 from bitwright.quant.observers import TensorQuantization
 from bitwright.quant.reference import Reference
 from bitwright.quant.samples import Samples
-from bitwright.targets.link import flits, transitions
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, flits, transitions
 from bitwright.targets.orders import Order, quantile_map
 from bitwright.targets.places import constant_places
-from bitwright.transitions import ROW_MAJOR, UNSORTED
 from tests.quant.qdq import Builder, quantize
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"

@@ -17,14 +17,8 @@ from bitwright import Artifact, targets
 from bitwright.cli import main
 from bitwright.errors import ArtifactError, DataError, UsageError
 from bitwright.tables import print_transitions
-from bitwright.transitions import (
-    ROW_MAJOR,
-    UNSORTED,
-    LayerTransitions,
-    PartTransitions,
-    Sent,
-    Transitions,
-)
+from bitwright.targets.link import ROW_MAJOR, UNSORTED
+from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from tests.quant.qdq import Array
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
