@@ -45,7 +45,7 @@ from bitwright.passes.expressions import (
     static_shape,
 )
 from bitwright.passes.materialize_transfers import link_of
-from bitwright.targets.link import Link, Part
+from bitwright.targets.link import UNSORTED, Link, Part
 from bitwright.targets.orders import Order
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
@@ -55,7 +55,6 @@ __all__ = ["REASONS", "Measured", "PopcountReorder", "SentProduct", "sent_produc
 REASONS: Final = "bitwright.link.reasons"
 """Attribute of a module: why a layer has an order or none, where ``auto`` decided."""
 
-_UNSORTED: Final = "none"
 _LONGEST_WINDOW: Final = 256  # a place is a byte
 
 
@@ -354,7 +353,7 @@ class PopcountReorder:
             bound = bindings(function)
             for product in sent_products(function):
                 transfers = bound[product.inputs], bound[product.weights]
-                if any(str(entry.attrs["order"]) != _UNSORTED for entry in transfers):
+                if any(str(entry.attrs["order"]) != UNSORTED for entry in transfers):
                     continue
                 try:
                     reason = self._decide(product, *transfers, changes, sorts, batch)
@@ -493,10 +492,10 @@ class PopcountReorder:
                     f"{instead * at_compile_time}or leave auto out",
                 )
             spent = link.energy_pj_per_word.value * measured.words_sorted[text]
-        fewer = measured.transitions[_UNSORTED] - measured.transitions[text]
+        fewer = measured.transitions[UNSORTED] - measured.transitions[text]
         saved = link.energy_pj_per_transition.value * fewer
         figures = (
-            f"{text} takes {fewer:,} of {measured.transitions[_UNSORTED]:,} transitions off, "
+            f"{text} takes {fewer:,} of {measured.transitions[UNSORTED]:,} transitions off, "
             f"{_energy(saved)}"
         )
         figures += f"; the unit spends {_energy(spent)}" if spent else ", and needs no unit"

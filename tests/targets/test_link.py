@@ -126,6 +126,25 @@ def test_a_window_column_by_column_keeps_ranks_in_their_lane():
     assert by_column.tolist() == [[1, 4, 7, 10], [2, 5, 8, 0], [3, 6, 9, 0]]
 
 
+def test_the_nearest_pair_goes_next_in_its_lane():
+    """Written out by hand: one lane after the other, over the window's flits."""
+    traffic = Traffic.product("fc", rows=1, depth=8, columns=1)
+    x = np.array([0, 15, 1, 7, 9, 12, 8, 3], np.uint8)
+    w = np.zeros((1, 8), np.int8)
+    found = sent(traffic, x, w, link(lanes=2, window=4), "nearest")["inputs"]
+    # Lane 0 sends 0 and 1, lane 1 what is left; then 9 is nearest to 1, 8 to 9, and 3 to 7.
+    assert found.tolist() == [[0, 15], [1, 7], [9, 3], [8, 12]]
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [({"flit": "separate", "reuse": True}, "nearest"), ({}, "nearest=snake:true")],
+)
+def test_the_nearest_neighbour_follows_every_window(lenet_layer, changes, text):
+    with pytest.raises(UsageError, match="the nearest neighbour goes"):
+        sent(*lenet_layer, link(**changes), text)
+
+
 def test_a_snake_sends_every_second_window_backwards():
     traffic = Traffic.product("fc", rows=1, depth=8, columns=1)
     x = np.arange(8, dtype=np.uint8)
@@ -240,6 +259,7 @@ def test_narrow_codes_are_extended_and_wide_ones_refused():
         ({"window": 1}, "greater than 1"),
         ({"word_bits": 17}, "less than or equal to 16"),
         ({"lanes": 0}, "greater than 0"),
+        ({"lanes": 1025}, "less than or equal to 1024"),
     ],
 )
 def test_links_that_cannot_be_are_refused(changes, message):

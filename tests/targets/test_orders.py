@@ -123,6 +123,19 @@ def test_calibrated_gray_buckets_part_what_is_apart(bits):
     assert set(found[[0b1111 << bits - 4, 0b1110 << bits - 4]]) == {1}
 
 
+def test_calibrated_maps_have_no_more_buckets_than_borders():
+    histogram = np.ones(1 << 16)
+    assert calibrated_map(histogram, "gray-rank", 16, 256)[-1] == 255
+    with pytest.raises(UsageError, match="at most 256 buckets here, not 257"):
+        calibrated_map(histogram, "gray-rank", 16, 257)
+    assert calibrated_map(np.zeros(256), "popcount", 8, 4) == uniform_map(4, 9)
+
+
+def test_buckets_are_a_number():
+    with pytest.raises(UsageError, match="buckets of an order is a number, not '4'"):
+        Order("popcount", buckets="4")
+
+
 def test_descending_sends_most_ones_first_and_stays_stable():
     words = np.array([0b1, 0b111, 0b10, 0b1110])
     descending = counting_sort(Order.parse("popcount").table(4)[words])
@@ -166,7 +179,12 @@ def test_a_map_from_the_words_needs_the_words():
         ("popcount=bucket:4", "no option 'bucket'"),
         ("popcount=buckets", "no order"),
         ("popcount=buckets:four", "a number, not 'four'"),
+        ("popcount=buckets:²", "a number, not '²'"),
+        ("popcount=buckets:٤", "a number, not '٤'"),
+        ("popcount=buckets:4:buckets:2", "buckets stands twice"),
         ("popcount=buckets:1", "does nothing"),
+        ("popcount=map:0.0.0.0.0.0.0.0.0", "one bucket does nothing"),
+        ("popcount=map:0.0.0.1.1.2.2.3.³", "no bucket map"),
         ("chain=buckets:4", "'chain' sorts by no key, and there is buckets"),
         ("nearest=on:inputs", "'nearest' sorts by no key, and there is on"),
         ("popcount=on:outputs", "there is no on 'outputs'"),

@@ -335,7 +335,14 @@ def test_refused(parameters: dict[str, Any], what: str) -> None:
         SortingUnit(**{"window": 25, **parameters})
 
 
-@pytest.mark.parametrize("name", ["", "9psu", "a b", "psu;", "ünit"])
+def test_too_many_buckets_are_told_what_goes() -> None:
+    with pytest.raises(UsageError) as raised:
+        SortingUnit(25, key="gray-rank")
+    assert raised.value.fix == ("take 64 buckets or fewer; one a key only goes up to 64 keys")
+    assert SortingUnit(25, 6, "gray-rank").buckets == 64
+
+
+@pytest.mark.parametrize("name", ["", "9psu", "a b", "psu;", "ünit", "module", "endgenerate"])
 def test_a_name_that_is_none(name: str) -> None:
     with pytest.raises(UsageError, match="no name of a Verilog module"):
         SortingUnit(2, 1).verilog(name)
