@@ -173,7 +173,7 @@ def test_auto_decides_layer_by_layer_on_the_calibration_samples(
         target,
         precision="w8a8",
         calibration=few,
-        passes="popcount-reorder=auto:true:on:inputs",
+        passes="popcount-reorder=key:popcount:auto:true:on:inputs",
         output=tmp_path / "out",
     )
     entry = got.manifest.link
@@ -204,7 +204,7 @@ def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifac
             output=tmp_path / "out",
         )
     with pytest.raises(UsageError, match=r"layer 'conv1'.*what a sorting unit spends on a word"):
-        compiled(tmp_path / "out", few, "popcount-reorder=auto:true:on:inputs")
+        compiled(tmp_path / "out", few, "popcount-reorder=key:popcount:auto:true:on:inputs")
     assert not (tmp_path / "out").exists()
 
 
