@@ -189,10 +189,7 @@ def send(stream: LayerStream, link: Link, order: Order) -> dict[Part, Array]:
 def assert_random_layers(on: str, count: int, folder: Path) -> None:
     """All ranks, groups, strides, dilations, paddings, widths and zero points."""
     kinds = (convolutions, products)
-    cases = [
-        kinds[index % 2](np.random.default_rng([len(on), index]))  # type: ignore[operator]
-        for index in range(count)
-    ]
+    cases = [kinds[index % 2](np.random.default_rng([len(on), index])) for index in range(count)]
     model = together([builder.model(output) for builder, output, _ in cases])
     feeds = {
         f"m{index}_{name}": array
