@@ -95,12 +95,12 @@ def streams(
                 take(stream)
             return
         node, shape = operands.node, (operands.batch, *operands.data.codes.shape)
-        seen, stream = known.get(node, (None, None))
-        if stream is None or seen != shape:
+        seen = known.get(node)
+        if seen is None or seen[0] != shape:
             stream = _stream(operands)
             known[node] = shape, stream
         else:
-            stream = replace(stream, inputs=_inputs(operands, stream.traffic))
+            stream = replace(seen[1], inputs=_inputs(operands, seen[1].traffic))
         take(stream)
 
     return Reference(model, requantization, observe=observe)
@@ -185,8 +185,8 @@ def _product(operands: Operands) -> tuple[Traffic, npt.NDArray[np.int64]]:
     single = weights.size == weights.shape[-1] * weights.shape[-2]  # for all of a stack
     if not single and weights.ndim >= len(shape) and len(weights) > 1:
         samples = 1  # each has weights of its own
-    data = np.arange(math.prod(shape) // samples, dtype=np.int32)
-    data = data.reshape(shape[0] // samples, *shape[1:])
+    places = np.arange(math.prod(shape) // samples, dtype=np.int32)
+    data: npt.NDArray[Any] = places.reshape(shape[0] // samples, *shape[1:])
     if single:
         data, weights = data.reshape(1, -1, shape[-1]), weights.reshape(1, *weights.shape[-2:])
     data, weights = _stacks(data, weights)

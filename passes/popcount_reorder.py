@@ -393,7 +393,7 @@ class PopcountReorder:
             link = link.model_copy(update={"window": window})
         codes = constant(weights.args[0])
         sizes = _sizes(product.call, batch, stored=codes is not None)
-        check = functools.partial(link.check, **sizes, chunks=-(-terms // link.window.value))
+        sizes["chunks"] = -(-terms // link.window.value)
         insert, reason = True, ""
         refused = _refusal(check, order)
         if refused is not None and not self.auto:
@@ -502,10 +502,10 @@ class PopcountReorder:
         return saved > spent, f"{'reordered' if saved > spent else 'left unsorted'}: {figures}"
 
 
-def _refusal(check: Callable[[Order], None], order: Order) -> UsageError | None:
-    """Why a link cannot have an order; None if it can."""
+def _refusal(link: Link, order: Order, sizes: Mapping[str, int]) -> UsageError | None:
+    """Why a link cannot have an order for a layer of these sizes; None if it can."""
     try:
-        check(order)
+        link.check(order, **sizes)
     except UsageError as error:
         return error
     return None
