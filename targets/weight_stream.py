@@ -323,10 +323,7 @@ def arranged(neighbours: Sequence[Neighbours], channels: int) -> IntArray:
     """
     most = max((entry.weight for entry in neighbours), default=0.0)
     sides = [
-        side
-        for entry in neighbours
-        if entry.weight > _LEAST_SHARE * most
-        for side in _sides(entry)
+        side for entry in neighbours if entry.weight > _LEAST_SHARE * most for side in _sides(entry)
     ]
     order = np.full(channels, -1)
     taken = np.zeros(channels, bool)
