@@ -22,9 +22,8 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -395,7 +394,7 @@ class PopcountReorder:
         sizes = _sizes(product.call, batch, stored=codes is not None)
         sizes["chunks"] = -(-terms // link.window.value)
         insert, reason = True, ""
-        refused = _refusal(check, order)
+        refused = _refusal(link, order, sizes)
         if refused is not None and not self.auto:
             raise refused
         if refused is not None:
@@ -405,7 +404,9 @@ class PopcountReorder:
             reason = "left unsorted: its weights are computed, and a chain is one of constants"
         elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
-            known = codes is not None and _refusal(check, replace(order, on="weights")) is None
+            known = (
+                codes is not None and _refusal(link, replace(order, on="weights"), sizes) is None
+            )
             insert, reason = self._worth(
                 product.layer, order, link, unit=unit, at_compile_time=known
             )

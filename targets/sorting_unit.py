@@ -183,7 +183,7 @@ class SortingUnit:
         from amaranth.back.verilog import convert
 
         try:
-            text = convert(
+            text: str = convert(
                 circuit, name=name, ports=circuit.ports, emit_src=False, strip_internal_attrs=True
             )
         except (ToolNotFound, YosysError) as error:
