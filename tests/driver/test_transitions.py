@@ -17,7 +17,7 @@ from bitwright import Artifact, targets
 from bitwright.cli import main
 from bitwright.errors import ArtifactError, DataError, UsageError
 from bitwright.tables import print_transitions
-from bitwright.targets.link import ROW_MAJOR, UNSORTED
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Part
 from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from tests.quant.qdq import Array
 
@@ -332,7 +332,7 @@ def test_totals_energies_and_shares() -> None:
 def test_a_bound_has_no_net_savings(capsys: pytest.CaptureFixture[str]) -> None:
     link = targets.get_link("ordering-simulator")
     plain = Sent({"inputs": part(3, 10, 20), "weights": part(3, 30, 40)})
-    better = {"inputs": part(3, 5, 5), "weights": part(3, 5, 10)}
+    better: dict[Part, PartTransitions] = {"inputs": part(3, 5, 5), "weights": part(3, 5, 10)}
     sent = {
         ROW_MAJOR: plain,
         UNSORTED: plain,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bitwright.errors import UsageError
-from bitwright.targets.link import Link, Traffic, flits, transitions
+from bitwright.targets.link import Link, Part, Traffic, flits, transitions
 from bitwright.targets.orders import Order
 from tests.quant.qdq import profile
 
@@ -40,7 +40,8 @@ def link(**changes: Any) -> Link:
 def sent(traffic: Traffic, x: Any, w: Any, wires: Link, text: str) -> Any:
     order = Order.parse(text)
     bits = wires.word_bits.value
-    tables = dict.fromkeys(("inputs", "weights"), order.table(bits)) if order.is_sorted else {}
+    both: tuple[Part, ...] = ("inputs", "weights") if order.is_sorted else ()
+    tables = {part: order.table(bits) for part in both}
     return flits(traffic, wires.words(x), wires.words(w), wires, order, tables)
 
 
@@ -144,8 +145,9 @@ def test_the_nearest_pair_goes_next_in_its_lane() -> None:
 def test_the_nearest_neighbour_follows_every_window(
     lenet_layer: Any, changes: dict[str, Any], text: str
 ) -> None:
+    traffic, x, w = lenet_layer
     with pytest.raises(UsageError, match="the nearest neighbour goes"):
-        sent(*lenet_layer, link(**changes), text)
+        sent(traffic, x, w, link(**changes), text)
 
 
 def test_a_snake_sends_every_second_window_backwards() -> None:
@@ -164,8 +166,10 @@ def test_every_word_is_sent_once_whatever_the_order(lenet_layer: Any) -> None:
     for text in ("popcount", "gray-rank=on:inputs:snake:true", "popcount=on:separated:buckets:4"):
         ordered = sent(traffic, x, w, link(), text)
         for part in ("inputs", "weights"):
-            windows = [a.reshape(-1, 4 * 8) for a in (plain[part], ordered[part])]
-            assert np.array_equal(*(np.sort(window, axis=1) for window in windows))
+            before, after = (
+                np.sort(words.reshape(-1, 4 * 8), axis=1) for words in (plain[part], ordered[part])
+            )
+            assert np.array_equal(before, after)
 
 
 @pytest.mark.parametrize("text", ["popcount", "gray-rank=buckets:8:on:inputs:snake:true"])

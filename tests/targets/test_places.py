@@ -91,7 +91,7 @@ def test_the_weight_stream_toggles_less_than_sorted_by_popcount(
             np.put_along_axis(ordered[:, span], places[:, span].astype(int), words[:, span], 1)
         zeros = np.zeros(4 * 75, np.uint16)
         sent = flits(traffic, zeros, ordered, wires, Order(), {})
-        return transitions(sent["weights"], 8).sum()
+        return int(transitions(sent["weights"], 8).sum())
 
     popcount = counting_sort(Order.parse("popcount").table(8)[words.reshape(8, 3, 25)])
     assert toggles(chain(words, wires, positions=4, snake=False)) < toggles(popcount.reshape(8, 75))
