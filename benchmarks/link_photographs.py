@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import bitwright
 from benchmarks import models
 from benchmarks.tables import table
-from bitwright.transitions import ROW_MAJOR, UNSORTED
+from bitwright.targets.link import ROW_MAJOR, UNSORTED
 
 LEAST_OF_GAP = 0.25
 EXACT, NEAREST = "popcount", "nearest"

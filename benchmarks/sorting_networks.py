@@ -63,7 +63,7 @@ def in_second_half(terms: int, comparators: Sequence[Comparator]) -> list[bool]:
     return [2 * level > max(found) for level in found]
 
 
-class SortingNetwork(Elaboratable):
+class SortingNetwork(Elaboratable):  # type: ignore[misc]  # Amaranth is not typed
     """A network beside a unit: the same ports and parameters."""
 
     def __init__(self, unit: SortingUnit, network: Network) -> None:

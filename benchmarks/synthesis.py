@@ -80,7 +80,7 @@ def synthesize(
         source = Path(folder) / "circuit.v"
         source.write_text(verilog)
         if liberty is None:
-            mapped = f'dfflegalize -cell $_DFF_P_ x; abc -g cmos -script "{script};print_stats"'
+            mapped = f'dfflegalize -cell $_DFF_P_ 01; abc -g cmos -script "{script};print_stats"'
             stat = "stat -tech cmos"
         else:
             mapped = (

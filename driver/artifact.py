@@ -36,15 +36,8 @@ from bitwright.errors import (
     first_line,
 )
 from bitwright.quant.requantization import RequantizationForm
-from bitwright.targets.link import Link, Part
-from bitwright.transitions import (
-    ROW_MAJOR,
-    UNSORTED,
-    LayerTransitions,
-    PartTransitions,
-    Sent,
-    Transitions,
-)
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Part
+from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from bitwright.vocabulary import Dim, PrecisionPlan
 
 __all__ = [

@@ -610,20 +610,26 @@ def link(
     ],
     data: Annotated[Path, _file_option(help="Samples (.npz): one array a model input.")],
     target: Annotated[
-        str | None, typer.Option(help="An accelerator whose link it is, or a description (.yaml).")
+        str | None,
+        typer.Option(
+            help="An accelerator, or a description (.yaml): whose link it is where --link names "
+            "none, and what a float model is quantized for."
+        ),
     ] = None,
     link: Annotated[
         str | None,
         typer.Option(
-            help="A link: ordering-simulator, that of an accelerator, or a description (.yaml) "
-            "\\[default: that of the artefact's target, or ordering-simulator]."
+            help="A link: ordering-simulator, that of an accelerator, or a description (.yaml); it "
+            "wins over that of --target \\[default: that of --target, of the artefact's target, "
+            "or ordering-simulator]."
         ),
     ] = None,
     order: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=OPTION:VALUE",
-            help="popcount, gray-rank, popcount=buckets:4:map:quantile:on:inputs, nearest, ... "
+            help="popcount, popcount=buckets:4, popcount=buckets:4:map:quantile:on:inputs, "
+            "gray-rank=snake:true, chain, nearest, ... "
             "\\[default: the link's, exact and with 4 buckets].",
         ),
     ] = None,
@@ -1081,7 +1087,12 @@ app.add_typer(_targets, name="targets")
 def sorting_unit(
     window: Annotated[int, typer.Option(help="Terms that are ordered at once.")],
     output: Annotated[Path, _file_option("--output", "-o", help="The Verilog file to write.")],
-    buckets: Annotated[int, typer.Option(help="Number of buckets; 0 for one a key (exact).")] = 0,
+    buckets: Annotated[
+        int,
+        typer.Option(
+            help="2 to 64; 0 for one a key (exact), which Gray rank needs words below 7 bits for."
+        ),
+    ] = 0,
     word_bits: Annotated[int, typer.Option(help="Width of the words, 1 to 16.")] = 8,
     key: Annotated[
         Literal["popcount", "gray-rank"], typer.Option(help="What words are sorted by.")

@@ -26,18 +26,11 @@ from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.reference import Operand, Operands, Reference, padding_of
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.targets.link import Link, Part, Traffic
+from bitwright.targets.link import MOST_LANES, ROW_MAJOR, UNSORTED, Link, Part, Traffic
 from bitwright.targets.orders import Order, key_count
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
-from bitwright.transitions import (
-    ROW_MAJOR,
-    UNSORTED,
-    LayerTransitions,
-    PartTransitions,
-    Sent,
-    Transitions,
-)
+from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from bitwright.vocabulary import Precision, PrecisionPlan
 
 if TYPE_CHECKING:
@@ -102,12 +95,12 @@ def streams(
                 take(stream)
             return
         node, shape = operands.node, (operands.batch, *operands.data.codes.shape)
-        seen, stream = known.get(node, (None, None))
-        if stream is None or seen != shape:
+        seen = known.get(node)
+        if seen is None or seen[0] != shape:
             stream = _stream(operands)
             known[node] = shape, stream
         else:
-            stream = replace(stream, inputs=_inputs(operands, stream.traffic))
+            stream = replace(seen[1], inputs=_inputs(operands, seen[1].traffic))
         take(stream)
 
     return Reference(model, requantization, observe=observe)
@@ -192,8 +185,8 @@ def _product(operands: Operands) -> tuple[Traffic, npt.NDArray[np.int64]]:
     single = weights.size == weights.shape[-1] * weights.shape[-2]  # for all of a stack
     if not single and weights.ndim >= len(shape) and len(weights) > 1:
         samples = 1  # each has weights of its own
-    data = np.arange(math.prod(shape) // samples, dtype=np.int32)
-    data = data.reshape(shape[0] // samples, *shape[1:])
+    places = np.arange(math.prod(shape) // samples, dtype=np.int32)
+    data: npt.NDArray[Any] = places.reshape(shape[0] // samples, *shape[1:])
     if single:
         data, weights = data.reshape(1, -1, shape[-1]), weights.reshape(1, *weights.shape[-2:])
     data, weights = _stacks(data, weights)
@@ -343,14 +336,11 @@ class _Counter:
         self._layers[name] = self._layers[name] + found if name in self._layers else found
 
     def _refusals(self, stream: LayerStream) -> Iterator[tuple[str, UsageError]]:
-        from bitwright.targets.kernels.link import LayerKernel
-
         for order in self._orders:
             try:
                 stream.traffic.check(self._link, order)
                 if order.key == "chain" and not stream.constant:
                     raise UsageError("its weights are computed, and a chain is one of constants")
-                LayerKernel.of(self._link, order, "int8", "int8", 64)
             except UsageError as error:
                 yield str(order), error
 
@@ -371,7 +361,8 @@ class _Counter:
             part: PartTransitions(found.flits[part], counts)
             for part, counts in found.counts.items()
         }
-        return Sent(parts, len(stream.inputs) * _words_sorted(stream, link, order))
+        words_sorted = len(stream.inputs) * _words_sorted(stream, link, order)
+        return Sent(parts, words_sorted, bound=order.key == "nearest")
 
     def _sort(self, stream: LayerStream, order: Order) -> _Sort:
         known = self._sorts.get((stream.traffic.layer, order))
@@ -499,6 +490,12 @@ def sized(link: Link, window: int | None = None, flit_bits: int | None = None) -
                 f"{flit_bits} bits are no whole number of lanes: {each} takes {width}",
                 fix=f"take a multiple of {width}",
             )
+        if flit_bits > width * MOST_LANES:
+            raise UsageError(
+                f"{flit_bits} bits are {flit_bits // width} lanes, and a link has {MOST_LANES} at "
+                "most",
+                fix=f"take {width * MOST_LANES} bits or fewer",
+            )
         changes["lanes"] = Number(value=flit_bits // width, source=link.lanes.source)
     return link.model_copy(update=changes)
 
@@ -546,10 +543,12 @@ def link(
     data
         An .npz file or a mapping: one array a model input. Samples are sent one by one.
     target
-        An accelerator whose link it is, and which a float model is quantized for.
+        An accelerator, or the path of a description: whose link it is where ``link`` names none,
+        and what a float model is quantized for.
     link
-        A link instead: its name, that of an accelerator, or the path of a description. By default
-        that of the artefact's target, or the one of the authors' simulator.
+        A link: its name, that of an accelerator, or the path of a description; it wins over the
+        link of ``target``. By default that of ``target``, of the artefact's target, or the one of
+        the authors' simulator.
     orders
         Orders as :meth:`~bitwright.targets.orders.Order.parse` reads them; ``nearest`` is a bound.
         By default that of the link, exact and with 4 buckets. Unsorted, row-major and as the link

@@ -162,7 +162,7 @@ def transitions_page(result: Transitions) -> str:
     from plotly.graph_objects import Bar, Heatmap
     from plotly.subplots import make_subplots
 
-    from bitwright.transitions import ROW_MAJOR, UNSORTED
+    from bitwright.targets.link import ROW_MAJOR, UNSORTED
 
     packing = result.link.packing
     orders = {**{o: o for o in (UNSORTED, *result.orders)}, UNSORTED: f"unsorted, {packing}"}

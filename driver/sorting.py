@@ -35,7 +35,8 @@ def sorting_unit(
     output
         The file to write.
     buckets
-        Number of buckets, at most 64; 0 for one a key (*exact*).
+        Number of buckets, 2 to 64; 0 for one a key (*exact*), which Gray rank needs words below 7
+        bits for.
     word_bits
         Width of the words, 1 to 16.
     key

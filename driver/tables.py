@@ -20,9 +20,10 @@ from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
 from bitwright.quant.quantizer import Quantized, TensorSummary
 from bitwright.targets import Accelerator, Installed, Link
+from bitwright.targets.link import ROW_MAJOR, UNSORTED
 from bitwright.targets.orders import Order
 from bitwright.targets.schema import entries as numbers
-from bitwright.transitions import ROW_MAJOR, UNSORTED, Sent, Transitions
+from bitwright.transitions import Sent, Transitions
 from bitwright.vocabulary import Dim, Layer, LayerCost, ModelCost
 
 __all__ = [
@@ -352,9 +353,13 @@ def print_transitions(result: Transitions) -> None:
             "-" if net is None or order in baselines else _signed_energy(net),
         )
     console.print(table)
-    early = [o for o in result.orders if Order.parse(o).orders_weights]
-    if any(not result.total(order).needs_unit for order in early):
-        console.print("orders without words to sort are known at compile time: they need no unit")
+    early = [
+        order
+        for order in result.orders
+        if Order.parse(order).orders_weights and not result.total(order).needs_unit
+    ]
+    if early:
+        console.print("known at compile time, without a unit: " + escape(", ".join(early)))
     if "nearest" in result.orders:
         console.print("nearest is a bound: no unit finds it")
     for note in result.notes:

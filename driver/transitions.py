@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bitwright.targets.link import Link, Part
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Part
 
-__all__ = ["ROW_MAJOR", "UNSORTED", "LayerTransitions", "PartTransitions", "Sent", "Transitions"]
-
-ROW_MAJOR: Final = "row-major"
-"""Unsorted, flits filled one after the other: what most figures in print are measured against."""
-
-UNSORTED: Final = "none"
-"""Unsorted, in the link's own packing."""
+__all__ = ["LayerTransitions", "PartTransitions", "Sent", "Transitions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +56,13 @@ class Sent:
         ``inputs``, ``weights``, and ``index`` where the order sends one.
     words_sorted
         Words that went through the sorting unit; 0 where orders are known at compile time.
+    bound
+        Whether no hardware makes the order: what it saves is a bound.
     """
 
     parts: Mapping[Part, PartTransitions]
     words_sorted: int = 0
+    bound: bool = False
 
     @property
     def transitions(self) -> int:
@@ -81,7 +78,8 @@ class Sent:
         parts = dict(self.parts)
         for name, part in other.parts.items():
             parts[name] = parts[name] + part if name in parts else part
-        return Sent(parts, self.words_sorted + other.words_sorted)
+        words_sorted = self.words_sorted + other.words_sorted
+        return Sent(parts, words_sorted, self.bound or other.bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,8 @@ class LayerTransitions:
     layer
         The ONNX node.
     sent
-        What was sent, by order: :data:`ROW_MAJOR`, :data:`UNSORTED`, and orders as
+        What was sent, by order: :data:`~bitwright.targets.link.ROW_MAJOR`,
+        :data:`~bitwright.targets.link.UNSORTED`, and orders as
         :meth:`~bitwright.targets.orders.Order.parse` reads them.
     reason
         Why the layer has its order, or none; empty where it was asked for.
@@ -165,7 +164,9 @@ class Transitions:
         return self.link.energy_pj_per_transition.value * sent.transitions
 
     def unit_energy_pj(self, sent: Sent) -> float | None:
-        """Energy of the sorting unit, in pJ; None where the link does not tell it."""
+        """Energy of the sorting unit, in pJ; None where the link does not tell it, or none does."""
+        if sent.bound:
+            return None
         if not sent.needs_unit:
             return 0.0
         number = self.link.energy_pj_per_word

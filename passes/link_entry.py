@@ -46,7 +46,7 @@ from bitwright.passes.popcount_reorder import REASONS, SentProduct, sent_product
 from bitwright.targets.codegen import IntegerLayer, read_layer
 from bitwright.targets.kernels.link import LayerKernel, kernel, positions_kernel
 from bitwright.targets.kernels.spec import ActivationMatmul, Convolution, Matmul, Operand
-from bitwright.targets.link import Link, Traffic
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Traffic
 from bitwright.targets.orders import Order
 
 __all__ = [
@@ -61,9 +61,6 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 ENTRY: Final = "main_link"
-
-ROW_MAJOR: Final = "row-major"
-_UNSORTED: Final = "none"
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class SentLayer:
     def variants(self) -> dict[str, tuple[Link, Order]]:
         """In what ways the operands are sent: name to link and order."""
         row_major = self.link.model_copy(update={"packing": ROW_MAJOR})
-        found = {ROW_MAJOR: (row_major, Order()), _UNSORTED: (self.link, Order())}
+        found = {ROW_MAJOR: (row_major, Order()), UNSORTED: (self.link, Order())}
         if self.order != Order():
             found[str(self.order)] = (self.link, self.order)
         return found

@@ -514,9 +514,8 @@ class PermuteChannels:
     Parameters
     ----------
     link
-        The link: its name, or the path of its description; or a
-        :class:`~bitwright.targets.link.Link`. Empty: that of the accelerator that the layers are
-        partitioned for.
+        The link: its name, or the path of its description. Empty: that of the accelerator that the
+        layers are partitioned for.
 
     Raises
     ------

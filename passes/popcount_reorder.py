@@ -22,9 +22,8 @@ on the order of their terms, so results stay the same to the bit.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -45,7 +44,7 @@ from bitwright.passes.expressions import (
     static_shape,
 )
 from bitwright.passes.materialize_transfers import link_of
-from bitwright.targets.link import Link, Part
+from bitwright.targets.link import UNSORTED, Link, Part
 from bitwright.targets.orders import Order
 from bitwright.targets.places import constant_places
 from bitwright.targets.schema import Number
@@ -55,7 +54,6 @@ __all__ = ["REASONS", "Measured", "PopcountReorder", "SentProduct", "sent_produc
 REASONS: Final = "bitwright.link.reasons"
 """Attribute of a module: why a layer has an order or none, where ``auto`` decided."""
 
-_UNSORTED: Final = "none"
 _LONGEST_WINDOW: Final = 256  # a place is a byte
 
 
@@ -354,7 +352,7 @@ class PopcountReorder:
             bound = bindings(function)
             for product in sent_products(function):
                 transfers = bound[product.inputs], bound[product.weights]
-                if any(str(entry.attrs["order"]) != _UNSORTED for entry in transfers):
+                if any(str(entry.attrs["order"]) != UNSORTED for entry in transfers):
                     continue
                 try:
                     reason = self._decide(product, *transfers, changes, sorts, batch)
@@ -394,9 +392,9 @@ class PopcountReorder:
             link = link.model_copy(update={"window": window})
         codes = constant(weights.args[0])
         sizes = _sizes(product.call, batch, stored=codes is not None)
-        check = functools.partial(link.check, **sizes, chunks=-(-terms // link.window.value))
+        sizes["chunks"] = -(-terms // link.window.value)
         insert, reason = True, ""
-        refused = _refusal(check, order)
+        refused = _refusal(link, order, sizes)
         if refused is not None and not self.auto:
             raise refused
         if refused is not None:
@@ -406,7 +404,9 @@ class PopcountReorder:
             reason = "left unsorted: its weights are computed, and a chain is one of constants"
         elif self.auto:
             unit = order.is_sorted and (order.on != "weights" or codes is None)
-            known = codes is not None and _refusal(check, replace(order, on="weights")) is None
+            known = (
+                codes is not None and _refusal(link, replace(order, on="weights"), sizes) is None
+            )
             insert, reason = self._worth(
                 product.layer, order, link, unit=unit, at_compile_time=known
             )
@@ -493,20 +493,20 @@ class PopcountReorder:
                     f"{instead * at_compile_time}or leave auto out",
                 )
             spent = link.energy_pj_per_word.value * measured.words_sorted[text]
-        fewer = measured.transitions[_UNSORTED] - measured.transitions[text]
+        fewer = measured.transitions[UNSORTED] - measured.transitions[text]
         saved = link.energy_pj_per_transition.value * fewer
         figures = (
-            f"{text} takes {fewer:,} of {measured.transitions[_UNSORTED]:,} transitions off, "
+            f"{text} takes {fewer:,} of {measured.transitions[UNSORTED]:,} transitions off, "
             f"{_energy(saved)}"
         )
         figures += f"; the unit spends {_energy(spent)}" if spent else ", and needs no unit"
         return saved > spent, f"{'reordered' if saved > spent else 'left unsorted'}: {figures}"
 
 
-def _refusal(check: Callable[[Order], None], order: Order) -> UsageError | None:
-    """Why a link cannot have an order; None if it can."""
+def _refusal(link: Link, order: Order, sizes: Mapping[str, int]) -> UsageError | None:
+    """Why a link cannot have an order for a layer of these sizes; None if it can."""
     try:
-        check(order)
+        link.check(order, **sizes)
     except UsageError as error:
         return error
     return None

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,30 @@ from pydantic import Field, field_validator, model_validator
 
 from bitwright.errors import UsageError
 from bitwright.targets.orders import Order, counting_sort
-from bitwright.targets.schema import Clock, Count, Data, Number, Positive, Source
+from bitwright.targets.schema import Clock, Data, Number, Positive, Source
 
-__all__ = ["Link", "LinkDescription", "Traffic", "flits", "transitions"]
+__all__ = [
+    "MOST_LANES",
+    "ROW_MAJOR",
+    "UNSORTED",
+    "Link",
+    "LinkDescription",
+    "Traffic",
+    "flits",
+    "transitions",
+]
 
 Words = npt.NDArray[np.uint16]
 IntArray = npt.NDArray[np.int64]
+
+MOST_LANES: Final = 1024
+"""Lanes of the widest flit: buffers and kernels grow with it."""
+
+ROW_MAJOR: Final = "row-major"
+"""Unsorted, flits filled one after the other: what most figures in print are measured against."""
+
+UNSORTED: Final = "none"
+"""Unsorted, in the link's own packing."""
 
 Loop = Literal["channel", "position", "chunk"]
 Part = Literal["inputs", "weights", "index"]
@@ -42,7 +60,7 @@ class Link(Data):
     word_bits
         Width of a word; narrower codes are extended.
     lanes
-        Words of each operand in a flit.
+        Words of each operand in a flit, 1 to 1024.
     packing
         ``row-major`` fills flit after flit, ``column-major`` lane after lane over the flits of a
         window.
@@ -67,7 +85,7 @@ class Link(Data):
 
     flit: Literal["paired", "separate"]
     word_bits: Number[Annotated[int, Field(gt=0, le=16, strict=True)]]
-    lanes: Number[Count]
+    lanes: Number[Annotated[int, Field(gt=0, le=MOST_LANES, strict=True)]]
     packing: Literal["row-major", "column-major"]
     loops: tuple[Loop, Loop, Loop]
     reuse: Annotated[bool, Field(strict=True)] = False
@@ -143,8 +161,14 @@ class Link(Data):
         ------
         UsageError
             If inputs that serve many channels would need an order for each, or weights that serve
-            many positions one for each.
+            many positions one for each; if the nearest neighbour does not follow every window.
         """
+        if order.key == "nearest" and (self.reuse or order.snake):
+            raise UsageError(
+                "the nearest neighbour goes from each window to the next, so there is none with "
+                "reuse or with flits in reverse order",
+                fix="take a link without reuse, and nearest without snake",
+            )
         sizes = {"channel": channels, "position": positions, "chunk": chunks}
         changing = [loop for loop in self.loops if sizes[loop] > 1]
         if not (self.reuse and (order.is_sorted or order.orders_weights) and changing):
@@ -176,13 +200,13 @@ class Link(Data):
         of_output = whole * -(-window // lanes) + -(-rest // lanes)
         return flits // of_output * terms
 
-    def words(self, codes: npt.NDArray[Any]) -> Words:
-        """Codes as they are on the wire: two's complement, ``word_bits`` wide.
+    def check_codes(self, codes: npt.NDArray[Any]) -> None:
+        """Refuse codes that are wider than words.
 
         Raises
         ------
         UsageError
-            If a code is wider.
+            If one is.
         """
         bits = self.word_bits.value
         low, high = (0, (1 << bits) - 1)
@@ -193,6 +217,17 @@ class Link(Data):
                 f"codes from {codes.min()} to {codes.max()} do not fit {bits}-bit words",
                 fix="describe a link with wider words (word_bits)",
             )
+
+    def words(self, codes: npt.NDArray[Any]) -> Words:
+        """Codes as they are on the wire: two's complement, ``word_bits`` wide.
+
+        Raises
+        ------
+        UsageError
+            If a code is wider.
+        """
+        self.check_codes(codes)
+        bits = self.word_bits.value
         return (codes.astype(np.int64) & ((1 << bits) - 1)).astype(np.uint16)
 
 
@@ -369,6 +404,27 @@ def _index_flits(index: IntArray, link: Link) -> Words:
     return np.asarray(found, np.uint16)
 
 
+def _nearest(x: Words, w: Words, before: dict[int, Words], link: Link) -> IntArray:
+    """Places of a window's terms, slot by slot the pair nearest to what its lane sent before.
+
+    ``before`` holds the last pair of each lane, and is changed.
+    """
+    lanes, terms = link.lanes.value, len(x)
+    count = -(-terms // lanes)
+    pairs = np.stack([x, w], axis=1)
+    left, places = list(range(terms)), np.empty(terms, np.int64)
+    for lane in range(lanes):
+        for flit in range(count):
+            rank = flit * lanes + lane if link.packing == "row-major" else lane * count + flit
+            pair = np.zeros(2, np.uint16)
+            if rank < terms:
+                changed = pairs[left] ^ before.get(lane, pairs[left])
+                term = left.pop(int(np.bitwise_count(changed).sum(1).argmin()))
+                places[term], pair = rank, pairs[term]
+            before[lane] = pair
+    return places
+
+
 def flits(
     traffic: Traffic,
     inputs: Words,
@@ -399,13 +455,20 @@ def flits(
     -------
     dict
         Part to words, shape (flits, lanes). The part ``index`` is there for ``separated`` orders.
+
+    Raises
+    ------
+    UsageError
+        If the link cannot have the order for this layer.
     """
+    traffic.check(link, order)
     parts: dict[Part, list[Words]] = {"inputs": [], "weights": []}
     if order.is_sorted and order.on == "separated":
         parts["index"] = []
     chunks = traffic.chunks(link.window.value)
     in_group = traffic.channels // traffic.taps.shape[0]
     last: dict[Part, tuple[int, int]] = {}
+    before: dict[int, Words] = {}
     for number, (channel, position, chunk) in enumerate(traffic.sequence(link)):
         span = chunks[chunk]
         taps = traffic.taps[channel // in_group, span]
@@ -415,6 +478,8 @@ def flits(
         if order.key == "chain":
             assert places is not None
             places_x = places_w = places[channel, span].astype(np.int64)
+        if order.key == "nearest":
+            places_x = places_w = _nearest(x, w, before, link)
         if order.is_sorted:
             if order.on != "weights":
                 places_x = counting_sort(tables["inputs"][x])

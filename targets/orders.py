@@ -8,6 +8,7 @@ the same table. The positions are those of the stable counting sort of arXiv 260
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args, get_type_hints
@@ -124,11 +125,21 @@ def calibrated_map(
         Width of the words.
     buckets
         How many buckets.
+
+    Raises
+    ------
+    UsageError
+        If there are more buckets than borders.
     """
     mass = np.asarray(histogram, np.float64)
     count = key_count(key, word_bits)
     step = max(1, count // _BORDERS)
-    if mass.sum() <= 0 or buckets > count // step:
+    if buckets > count // step:
+        raise UsageError(
+            f"a calibrated map has at most {count // step} buckets here, not {buckets}",
+            fix=f"take at most {count // step}, or map:uniform",
+        )
+    if mass.sum() <= 0:
         return uniform_map(buckets, count)
     of_word = keys(key, word_bits) // step
     entries = -(-count // step)
@@ -258,23 +269,30 @@ class Order:
                     f"an order {self.key!r} sorts by no key, and there is {field.name}",
                     fix="leave it out, or sort by popcount or gray-rank",
                 )
+        if not isinstance(self.buckets, int):
+            raise UsageError(
+                f"buckets of an order is a number, not {self.buckets!r}",
+                fix="take 2 or more, or 0 for one a key",
+            )
         if self.buckets < 0 or self.buckets == 1:
             raise UsageError(
                 f"an order by {self.buckets} buckets does nothing",
                 fix="take 2 or more, or 0 for one a key",
             )
-        if self.map not in ("uniform", "quantile", "calibrated"):
-            self._explicit_map()
+        if self.map not in ("uniform", "quantile", "calibrated") and not any(self._explicit_map()):
+            raise UsageError(
+                f"an order by one bucket does nothing, and the map {self.map!r} has no other",
+                fix="number the buckets from 0 on: 0.0.0.1.1.2.2.3.3",
+            )
 
     def _explicit_map(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in self.map.split("."))
-        except ValueError:
+        if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,5})*", self.map):
             raise UsageError(
                 f"there is no bucket map {self.map!r}",
                 fix="choose uniform, quantile, calibrated, or the bucket of every key with dots "
                 "between: 0.0.0.1.1.2.2.3.3",
-            ) from None
+            )
+        return tuple(map(int, self.map.split(".")))
 
     @classmethod
     def parse(cls, text: str) -> Order:
@@ -283,7 +301,7 @@ class Order:
         Raises
         ------
         UsageError
-            If there is no such key or option, or a value is of the wrong type.
+            If there is no such key or option, one stands twice, or a value is of the wrong type.
         """
         key, _, rest = text.strip().partition("=")
         words = rest.split(":") if rest else []
@@ -296,9 +314,11 @@ class Order:
                 raise UsageError(
                     f"an order has no option {name!r}", fix="it has " + ", ".join(known)
                 )
+            if name in options:
+                raise UsageError(f"{name} stands twice in the order {text!r}", fix="leave one out")
             options[name] = value
         if "buckets" in options:
-            if not options["buckets"].isdigit():
+            if not re.fullmatch("[0-9]{1,9}", options["buckets"]):
                 raise UsageError(f"buckets of an order is a number, not {options['buckets']!r}")
             options["buckets"] = int(options["buckets"])
         if "snake" in options:

@@ -192,7 +192,11 @@ def not_below(bits: Bits, threshold: int) -> Bit:
 
 
 def count_ones(gates: Gates, bits: Bits) -> Bits:
-    """The number of ones: tables of four bits, added."""
+    """The number of ones.
+
+    A tree of full adders: it takes the area of the published form, tables of four bits whose
+    entries are added, and does for other widths as well.
+    """
     column, total = list(bits), []
     while column:
         carries = []
@@ -230,11 +234,8 @@ def sorted_bits(gates: Gates, bits: Bits) -> Bits:
     """As many ones, in front: whether one is set, two, three and so on."""
     if len(bits) < 2:
         return list(bits)
-    if len(bits) == 4:
-        halves = [[bits[0] | bits[1], bits[0] & bits[1]], [bits[2] | bits[3], bits[2] & bits[3]]]
-    else:
-        middle = len(bits) // 2
-        halves = [list(sorted_bits(gates, half)) for half in (bits[:middle], bits[middle:])]
+    middle = len(bits) // 2
+    halves = (sorted_bits(gates, half) for half in (bits[:middle], bits[middle:]))
     left, right = ([C(1, 1), *half] for half in halves)
     merged = []
     for ones in range(1, len(bits) + 1):
@@ -303,11 +304,11 @@ def find_places(gates: Gates, members: Sequence[Bits], ends: dict[int, Bits]) ->
     places: list[Bits] = []
     for number, group in enumerate(groups):
         for i in group:
-            place = [
+            chosen = [
                 reduce(or_, (members[i][b] & cursors[b][number][bit] for b in range(buckets)))
                 for bit in range(len(ends[0]))
             ]
-            place = gates.wire("first", place)
+            place: Bits = gates.wire("first", chosen)
             if i > group.start:
                 same = [members[i - 1][b] & members[i][b] for b in range(buckets)]
                 place = move(gates, place, [reduce(or_, same)], up=True)
@@ -325,7 +326,8 @@ def move(gates: Gates, cursor: Bits, steps: Bits, *, up: bool) -> Bits:
     for bit in bits[1:]:
         low, carry = gates.half_adder(bit, carry)
         moved.append(low)
-    return gates.wire("cursor", moved if up else [~bit for bit in moved])
+    found: Bits = gates.wire("cursor", moved if up else [~bit for bit in moved])
+    return found
 
 
 # -- third stage: scatter -------------------------------------------------------------------------
@@ -336,8 +338,8 @@ def scatter(gates: Gates, places: Sequence[Bits]) -> list[Bit]:
     terms, width = len(places), len(places[0])
     low = (width + 1) // 2
     decoded = []
-    for place in places:
-        halves = place[:low], place[low:]
+    for bits in places:
+        halves = bits[:low], bits[low:]
         decoded.append([gates.wire("digit", decoder(Cat(half))) for half in halves])
     indices: list[Bit] = []
     for place in range(terms):

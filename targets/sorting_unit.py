@@ -32,6 +32,21 @@ _WIDEST_WINDOW: Final = 256
 _MOST_BUCKETS: Final = 64
 _WIDEST_WORD: Final = 16
 
+# Of Verilog-2001 (IEEE 1364-2001, annex B).
+_KEYWORDS: Final = frozenset(
+    """always and assign automatic begin buf bufif0 bufif1 case casex casez cell cmos config
+    deassign default defparam design disable edge else end endcase endconfig endfunction
+    endgenerate endmodule endprimitive endspecify endtable endtask event for force forever fork
+    function generate genvar highz0 highz1 if ifnone incdir include initial inout input instance
+    integer join large liblist library localparam macromodule medium module nand negedge nmos
+    nor noshowcancelled not notif0 notif1 or output parameter pmos posedge primitive pull0
+    pull1 pulldown pullup pulsestyle_ondetect pulsestyle_onevent rcmos real realtime reg
+    release repeat rnmos rpmos rtran rtranif0 rtranif1 scalared showcancelled signed small
+    specify specparam strong0 strong1 supply0 supply1 table task time tran tranif0 tranif1 tri
+    tri0 tri1 triand trior trireg unsigned use vectored wait wand weak0 weak1 while wire wor
+    xnor xor""".split()
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SortingUnit:
@@ -86,7 +101,10 @@ class SortingUnit:
         if not 2 <= found[-1] + 1 <= _MOST_BUCKETS:
             raise UsageError(
                 f"a sorting unit has 2 to {_MOST_BUCKETS} buckets, not {found[-1] + 1}",
-                fix="choose another number of buckets",
+                fix=f"take {_MOST_BUCKETS} buckets or fewer; one a key only goes up to "
+                f"{_MOST_BUCKETS} keys"
+                if found[-1]
+                else "take 2 buckets or more",
             )
         object.__setattr__(self, "bucket_map", found)
 
@@ -154,13 +172,18 @@ class SortingUnit:
                 f"{name!r} is no name of a Verilog module",
                 fix="take letters, digits and underscores, no digit in front",
             )
+        if name in _KEYWORDS:
+            raise UsageError(
+                f"{name!r} is a keyword, so it is no name of a Verilog module",
+                fix="take another name",
+            )
         circuit = self.circuit()
         from amaranth._toolchain import ToolNotFound
         from amaranth._toolchain.yosys import YosysError
         from amaranth.back.verilog import convert
 
         try:
-            text = convert(
+            text: str = convert(
                 circuit, name=name, ports=circuit.ports, emit_src=False, strip_internal_attrs=True
             )
         except (ToolNotFound, YosysError) as error:

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import bitwright
-from bitwright.transitions import ROW_MAJOR, UNSORTED, Transitions
+from bitwright.targets.link import ROW_MAJOR, UNSORTED
+from bitwright.transitions import Transitions
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "lenet_digits"

@@ -53,6 +53,7 @@ _ROWS: Final = 8  # rows of flits that are added up at once
 _MOST_GROUPS: Final = 255  # sums of eights are bytes
 _CHUNK: Final = 16 * 1024  # bytes of flits before they are counted: half of a first-level cache
 _TASKS: Final = 8  # parts of a batch
+_LONGEST_WINDOW: Final = 256  # places are bytes
 _PARTS: Final[tuple[Part, ...]] = ("inputs", "weights", "index")
 
 Array = npt.NDArray[Any]
@@ -93,14 +94,6 @@ class LayerKernel:
     weight: ActivationType
     accumulator_bits: Literal[32, 64]
 
-    def __post_init__(self) -> None:
-        if self.on == "nearest" and (self.reuse or self.snake):
-            raise UsageError(
-                "the nearest neighbour goes from each window to the next, so there is none with "
-                "reuse or with flits in reverse order",
-                fix="take a link without reuse, and nearest without snake",
-            )
-
     @classmethod
     def of(
         cls,
@@ -110,7 +103,14 @@ class LayerKernel:
         weight: ActivationType,
         accumulator_bits: Literal[32, 64],
     ) -> LayerKernel:
-        """For an order on a link."""
+        """For an order on a link.
+
+        Raises
+        ------
+        UsageError
+            If the link cannot have the order for any layer.
+        """
+        link.check(order, channels=1, positions=1, chunks=1)
         on: Literal["weights", "inputs", "separated", "nearest"] = "weights"
         if order.key == "nearest":
             on = "nearest"
@@ -1097,7 +1097,7 @@ def layer_transitions(
     traffic.check(link, order)
     spec = LayerKernel.of(link, order, x.dtype.name, w.dtype.name, accumulator_bits)  # type: ignore[arg-type]  # refused by TVM
     for codes in (x, w):
-        link.words(codes)
+        link.check_codes(codes)
     weights = np.ascontiguousarray(w.reshape(-1, traffic.channels, traffic.terms))
     if order.orders_weights:
         assert places is not None
@@ -1140,6 +1140,11 @@ def positions(
     -------
     numpy.ndarray
         uint8, of the same shape; a permutation of 0, 1, ... in each window.
+
+    Raises
+    ------
+    UsageError
+        If a window has no term or more than 256, or codes are of another type.
     """
     return _ordered(codes, table, window, moved=False)
 
@@ -1147,7 +1152,7 @@ def positions(
 def reorder(codes: Array, table: npt.NDArray[np.uint16], window: int | None = None) -> Array:
     """Codes in the order of the stable counting sort of their windows.
 
-    The parameters are those of :func:`positions`.
+    The parameters and errors are those of :func:`positions`.
     """
     return _ordered(codes, table, window, moved=True)
 
@@ -1155,12 +1160,22 @@ def reorder(codes: Array, table: npt.NDArray[np.uint16], window: int | None = No
 def _ordered(
     codes: Array, table: npt.NDArray[np.uint16], window: int | None, *, moved: bool
 ) -> Array:
+    if codes.dtype.kind not in "iu" or codes.dtype.itemsize > 2:
+        raise UsageError(
+            f"codes of type {codes.dtype.name} cannot be sorted",
+            fix="give 8- or 16-bit integers",
+        )
     terms = codes.shape[-1]
+    if window is None:
+        window = terms
     result = np.empty(codes.shape, codes.dtype if moved else np.uint8)
     if not codes.size:
         return result
+    if not 1 <= window <= _LONGEST_WINDOW:
+        raise UsageError(
+            f"a window of {window} terms cannot be sorted", fix=f"take 1 to {_LONGEST_WINDOW}"
+        )
     word_bits = len(table).bit_length() - 1
-    window = window or terms
     few = 64 // window.bit_length()
     buckets = few if table.max() < few else 1 << word_bits  # two kernels at most
     run = _compiled_order(codes.dtype.name, word_bits, window, buckets, moved)

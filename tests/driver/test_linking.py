@@ -20,10 +20,9 @@ from bitwright.quant.load import load
 from bitwright.quant.observers import TensorQuantization
 from bitwright.quant.reference import Reference
 from bitwright.quant.samples import Samples
-from bitwright.targets.link import flits, transitions
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, flits, transitions
 from bitwright.targets.orders import Order, quantile_map
 from bitwright.targets.places import constant_places
-from bitwright.transitions import ROW_MAJOR, UNSORTED
 from tests.quant.qdq import Builder, quantize
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
@@ -514,6 +513,7 @@ def test_the_page(lenet: Path, images: Mapping[str, Array], tmp_path: Path) -> N
         ({"window": 1}, "a window of 1 terms", "2 to 256"),
         ({"window": 300}, "a window of 300 terms", "2 to 256"),
         ({"flit_bits": 100}, "100 bits are no whole number of lanes", "multiple of 16"),
+        ({"flit_bits": 16400}, "1025 lanes, and a link has 1024 at most", "take 16384 bits"),
         ({"flit_bits": 0}, "0 bits are no whole number of lanes", "multiple of 16"),
         ({"orders": ["bubble"]}, "there is no key 'bubble'", "popcount"),
         ({"orders": []}, "there is no order", "--order"),

@@ -16,14 +16,9 @@ import bitwright
 from bitwright import Artifact, targets
 from bitwright.cli import main
 from bitwright.errors import ArtifactError, DataError, UsageError
-from bitwright.transitions import (
-    ROW_MAJOR,
-    UNSORTED,
-    LayerTransitions,
-    PartTransitions,
-    Sent,
-    Transitions,
-)
+from bitwright.tables import print_transitions
+from bitwright.targets.link import ROW_MAJOR, UNSORTED, Part
+from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
 from tests.quant.qdq import Array
 
 LENET = Path(__file__).resolve().parents[2] / "examples" / "lenet_digits"
@@ -178,7 +173,7 @@ def test_auto_decides_layer_by_layer_on_the_calibration_samples(
         target,
         precision="w8a8",
         calibration=few,
-        passes="popcount-reorder=auto:true:key:popcount:on:inputs:snake:false",
+        passes="popcount-reorder=key:popcount:auto:true:on:inputs",
         output=tmp_path / "out",
     )
     entry = got.manifest.link
@@ -217,7 +212,7 @@ def test_auto_needs_samples_and_prices(tmp_path: Path, few: Path, plain: Artifac
     "passes, message",
     [
         ("popcount-reorder=window:26", "layer 'conv1': a window of 26 is larger than the 25 terms"),
-        ("popcount-reorder=map:0.0.1.1", "layer 'conv1': .*has 4 entries"),
+        ("popcount-reorder=key:popcount:map:0.0.1.1", "layer 'conv1': .*has 4 entries"),
         ("popcount-reorder=key:nearest", "no unit"),
         ("materialize-transfers=link:none", "no link 'none'"),
     ],
@@ -332,3 +327,30 @@ def test_totals_energies_and_shares() -> None:
         "per_lane_and_bit": [[10, 20]],
     }
     assert printed["skipped"] == {"x": "float"}
+
+
+def test_a_bound_has_no_net_savings(capsys: pytest.CaptureFixture[str]) -> None:
+    link = targets.get_link("ordering-simulator")
+    plain = Sent({"inputs": part(3, 10, 20), "weights": part(3, 30, 40)})
+    better: dict[Part, PartTransitions] = {"inputs": part(3, 5, 5), "weights": part(3, 5, 10)}
+    sent = {
+        ROW_MAJOR: plain,
+        UNSORTED: plain,
+        "nearest": Sent(better, bound=True),
+        "chain": Sent(better),
+        "popcount=on:inputs": Sent(better, 7),
+    }
+    layer = LayerTransitions("layer", sent)
+    report = Transitions("model", 2, link, tuple(sent)[2:], (layer + layer,), {})
+    total, unsorted = report.total("nearest"), report.total(UNSORTED)
+    assert report.saved(total, unsorted) == pytest.approx(0.75)
+    assert report.unit_energy_pj(total) is None
+    assert report.net_saved_pj(total, unsorted) is None
+    assert report.net_saved_pj(report.total("chain"), unsorted) == pytest.approx(0.173 * 150)
+    print_transitions(report)
+    out = capsys.readouterr().out
+    assert "known at compile time, without a unit: chain\n" in out
+    row = next(
+        line for line in reversed(out.splitlines()) if "nearest" in line and "bound" not in line
+    )
+    assert [entry.strip() for entry in row.split("│")][-5:-1] == ["-"] * 4

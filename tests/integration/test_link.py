@@ -17,7 +17,7 @@ import bitwright
 from benchmarks import recurrent_models
 from bitwright import Artifact
 from bitwright.quant.observers import TensorQuantization
-from bitwright.transitions import UNSORTED
+from bitwright.targets.link import UNSORTED
 from tests.passes.test_link_entry import described
 from tests.quant.qdq import Array, Builder, residual_network
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bitwright.errors import UsageError
-from bitwright.targets.link import Link, Traffic, flits, transitions
+from bitwright.targets.link import Link, Part, Traffic, flits, transitions
 from bitwright.targets.orders import Order
 from tests.quant.qdq import profile
 
 
-def link(**changes):
+def link(**changes: Any) -> Link:
     """The settings of the ordering papers' simulator, and what is changed."""
     fields = {
         "flit": "paired",
@@ -36,15 +37,16 @@ def link(**changes):
     return Link.model_validate(fields)
 
 
-def sent(traffic, x, w, wires, text):
+def sent(traffic: Traffic, x: Any, w: Any, wires: Link, text: str) -> Any:
     order = Order.parse(text)
     bits = wires.word_bits.value
-    tables = dict.fromkeys(("inputs", "weights"), order.table(bits)) if order.is_sorted else {}
+    both: tuple[Part, ...] = ("inputs", "weights") if order.is_sorted else ()
+    tables = {part: order.table(bits) for part in both}
     return flits(traffic, wires.words(x), wires.words(w), wires, order, tables)
 
 
 @pytest.fixture
-def lenet_layer():
+def lenet_layer() -> Any:
     """Two channels of 9 x 9, 5 x 5 windows, three output channels; values of real spread."""
     rng = np.random.default_rng(0)
     traffic = Traffic.convolution(
@@ -72,8 +74,8 @@ def lenet_layer():
     ],
 )
 def test_the_pairs_of_a_window_are_those_of_the_convolution(
-    kernel, strides, dilations, pads, groups
-):
+    kernel: Any, strides: Any, dilations: Any, pads: Any, groups: Any
+) -> None:
     """Sums of the pairs equal PyTorch-style loops written out."""
     rng = np.random.default_rng(1)
     channels, size, out_channels = 4, (6, 7), 8
@@ -109,14 +111,14 @@ def test_the_pairs_of_a_window_are_those_of_the_convolution(
     assert len(traffic.bases) == len(rows) * len(columns)
 
 
-def test_the_pairs_of_a_product_are_rows_and_columns():
+def test_the_pairs_of_a_product_are_rows_and_columns() -> None:
     traffic = Traffic.product("fc", rows=3, depth=5, columns=2)
     x, w = np.arange(15), np.arange(10).reshape(2, 5)
     products = [[x[b + traffic.taps[0]] @ column for column in w] for b in traffic.bases]
     assert np.array_equal(products, x.reshape(3, 5) @ w.T)
 
 
-def test_a_window_column_by_column_keeps_ranks_in_their_lane():
+def test_a_window_column_by_column_keeps_ranks_in_their_lane() -> None:
     traffic = Traffic.product("fc", rows=1, depth=10, columns=1)
     x = np.arange(1, 11, dtype=np.uint8)
     w = np.zeros((1, 10), np.int8)
@@ -126,7 +128,29 @@ def test_a_window_column_by_column_keeps_ranks_in_their_lane():
     assert by_column.tolist() == [[1, 4, 7, 10], [2, 5, 8, 0], [3, 6, 9, 0]]
 
 
-def test_a_snake_sends_every_second_window_backwards():
+def test_the_nearest_pair_goes_next_in_its_lane() -> None:
+    """Written out by hand: one lane after the other, over the window's flits."""
+    traffic = Traffic.product("fc", rows=1, depth=8, columns=1)
+    x = np.array([0, 15, 1, 7, 9, 12, 8, 3], np.uint8)
+    w = np.zeros((1, 8), np.int8)
+    found = sent(traffic, x, w, link(lanes=2, window=4), "nearest")["inputs"]
+    # Lane 0 sends 0 and 1, lane 1 what is left; then 9 is nearest to 1, 8 to 9, and 3 to 7.
+    assert found.tolist() == [[0, 15], [1, 7], [9, 3], [8, 12]]
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [({"flit": "separate", "reuse": True}, "nearest"), ({}, "nearest=snake:true")],
+)
+def test_the_nearest_neighbour_follows_every_window(
+    lenet_layer: Any, changes: dict[str, Any], text: str
+) -> None:
+    traffic, x, w = lenet_layer
+    with pytest.raises(UsageError, match="the nearest neighbour goes"):
+        sent(traffic, x, w, link(**changes), text)
+
+
+def test_a_snake_sends_every_second_window_backwards() -> None:
     traffic = Traffic.product("fc", rows=1, depth=8, columns=1)
     x = np.arange(8, dtype=np.uint8)
     w = np.zeros((1, 8), np.int8)
@@ -136,18 +160,20 @@ def test_a_snake_sends_every_second_window_backwards():
     assert found.tolist() == [[0, 1], [2, 3], [6, 7], [4, 5]]
 
 
-def test_every_word_is_sent_once_whatever_the_order(lenet_layer):
+def test_every_word_is_sent_once_whatever_the_order(lenet_layer: Any) -> None:
     traffic, x, w = lenet_layer
     plain = sent(traffic, x, w, link(), "none")
     for text in ("popcount", "gray-rank=on:inputs:snake:true", "popcount=on:separated:buckets:4"):
         ordered = sent(traffic, x, w, link(), text)
         for part in ("inputs", "weights"):
-            windows = [a.reshape(-1, 4 * 8) for a in (plain[part], ordered[part])]
-            assert np.array_equal(*(np.sort(window, axis=1) for window in windows))
+            before, after = (
+                np.sort(words.reshape(-1, 4 * 8), axis=1) for words in (plain[part], ordered[part])
+            )
+            assert np.array_equal(before, after)
 
 
 @pytest.mark.parametrize("text", ["popcount", "gray-rank=buckets:8:on:inputs:snake:true"])
-def test_pairs_stay_pairs(lenet_layer, text):
+def test_pairs_stay_pairs(lenet_layer: Any, text: str) -> None:
     """Affiliated: whatever moves, the products of what stands in equal lanes add up."""
     traffic, x, w = lenet_layer
     found = sent(traffic, x, w, link(), text)
@@ -158,7 +184,7 @@ def test_pairs_stay_pairs(lenet_layer, text):
     assert np.array_equal(sums.reshape(3, 5, 5), np.einsum("cyxij,ocij->oyx", patches, kernels))
 
 
-def test_the_index_of_a_separated_order_pairs_the_words_again(lenet_layer):
+def test_the_index_of_a_separated_order_pairs_the_words_again(lenet_layer: Any) -> None:
     traffic, x, w = lenet_layer
     wires = link()
     found = sent(traffic, x, w, wires, "popcount=on:separated")
@@ -179,7 +205,7 @@ def test_the_index_of_a_separated_order_pairs_the_words_again(lenet_layer):
     assert np.array_equal(sums.reshape(3, 5, 5), np.einsum("cyxij,ocij->oyx", patches, kernels))
 
 
-def test_what_is_reused_is_sent_once(lenet_layer):
+def test_what_is_reused_is_sent_once(lenet_layer: Any) -> None:
     traffic, x, w = lenet_layer
     loops = ["position", "chunk", "channel"]
     wires = link(flit="separate", loops=loops, reuse=True)
@@ -191,7 +217,7 @@ def test_what_is_reused_is_sent_once(lenet_layer):
     assert len(sent(traffic, x, w, stationary, "popcount")["weights"]) == 3 * 2 * 4
 
 
-def test_who_shares_a_stream_shares_its_order():
+def test_who_shares_a_stream_shares_its_order() -> None:
     inputs = link(flit="separate", loops=["position", "chunk", "channel"], reuse=True)
     with pytest.raises(UsageError, match="inputs are sent once for every channel"):
         inputs.check(Order.parse("popcount"))
@@ -207,12 +233,12 @@ def test_who_shares_a_stream_shares_its_order():
         one.check(Order.parse("popcount"), chunks=1)
 
 
-def test_transitions_are_the_bits_that_differ():
+def test_transitions_are_the_bits_that_differ() -> None:
     words = np.array([[0b0000, 0b1111], [0b0001, 0b1111], [0b0010, 0b0000]], np.uint16)
     assert transitions(words, 4).tolist() == [[2, 1, 0, 0], [1, 1, 1, 1]]
 
 
-def test_random_words_toggle_as_often_as_the_closed_form_says():
+def test_random_words_toggle_as_often_as_the_closed_form_says() -> None:
     """Of two random b-bit words with x and y ones, x + y - 2xy/b bits differ on average."""
     rng = np.random.default_rng(2)
     flips = np.arange(8) < np.array([[3], [5]])  # words of 3 and of 5 ones
@@ -222,7 +248,7 @@ def test_random_words_toggle_as_often_as_the_closed_form_says():
     assert found == pytest.approx(3 + 5 - 2 * 3 * 5 / 8, rel=0.01)
 
 
-def test_narrow_codes_are_extended_and_wide_ones_refused():
+def test_narrow_codes_are_extended_and_wide_ones_refused() -> None:
     assert link().words(np.array([-1, 7, -8], np.int8)).tolist() == [0xFF, 7, 0xF8]
     assert link(word_bits=4).words(np.array([-1, 7, -8], np.int8)).tolist() == [0xF, 7, 8]
     with pytest.raises(UsageError, match="codes from -9 to 8 do not fit 4-bit words"):
@@ -240,14 +266,15 @@ def test_narrow_codes_are_extended_and_wide_ones_refused():
         ({"window": 1}, "greater than 1"),
         ({"word_bits": 17}, "less than or equal to 16"),
         ({"lanes": 0}, "greater than 0"),
+        ({"lanes": 1025}, "less than or equal to 1024"),
     ],
 )
-def test_links_that_cannot_be_are_refused(changes, message):
+def test_links_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         link(**changes)
 
 
-def test_a_flit_has_the_bits_of_its_words():
+def test_a_flit_has_the_bits_of_its_words() -> None:
     assert link().flit_bits == 128
     assert link(flit="separate").flit_bits == 64
 
@@ -260,7 +287,9 @@ def test_a_flit_has_the_bits_of_its_words():
     separate=st.booleans(),
     reuse=st.booleans(),
 )
-def test_words_sent_are_those_of_the_flits(sizes, groups, loops, separate, reuse):
+def test_words_sent_are_those_of_the_flits(
+    sizes: Any, groups: Any, loops: list[str], separate: Any, reuse: Any
+) -> None:
     channels, positions, chunks = sizes
     terms = 4 * chunks - 1
     traffic = Traffic.convolution(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from bitwright.targets.orders import (
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8, 16])
-def test_keys_are_what_their_names_say(bits):
+def test_keys_are_what_their_names_say(bits: int) -> None:
     words = range(1 << bits)
     assert keys("popcount", bits).tolist() == [word.bit_count() for word in words]
     # The reflected Gray code of n is n ^ (n >> 1): neighbours in rank differ in one bit.
@@ -38,30 +39,30 @@ def test_keys_are_what_their_names_say(bits):
         elements=st.integers(0, 8),
     )
 )
-def test_the_counting_sort_is_stable(buckets):
+def test_the_counting_sort_is_stable(buckets: Any) -> None:
     places = counting_sort(buckets)
     expected = np.argsort(np.argsort(buckets, axis=-1, kind="stable"), axis=-1, kind="stable")
     assert np.array_equal(places, expected)
 
 
-def test_of_two_terms_with_one_bucket_the_first_comes_first():
+def test_of_two_terms_with_one_bucket_the_first_comes_first() -> None:
     assert counting_sort(np.array([3, 1, 3, 0, 1])).tolist() == [3, 1, 4, 0, 2]
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_as_many_uniform_buckets_as_keys_are_exact(bits):
+def test_as_many_uniform_buckets_as_keys_are_exact(bits: int) -> None:
     exact = Order.parse("popcount").table(bits)
     assert np.array_equal(Order.parse(f"popcount=buckets:{bits + 1}").table(bits), exact)
     given = ".".join(map(str, range(bits + 1)))
     assert np.array_equal(Order.parse(f"popcount=map:{given}").table(bits), exact)
 
 
-def test_uniform_buckets_are_of_equal_width():
+def test_uniform_buckets_are_of_equal_width() -> None:
     assert uniform_map(4, 9) == (0, 0, 0, 1, 1, 2, 2, 3, 3)
     assert uniform_map(8, 256) == tuple(rank >> 5 for rank in range(256))
 
 
-def test_gray_buckets_are_the_top_bits_of_the_rank():
+def test_gray_buckets_are_the_top_bits_of_the_rank() -> None:
     ranks = keys("gray-rank", 8)
     table = Order.parse("gray-rank=buckets:8:direction:ascending").table(8)
     assert np.array_equal(table, ranks >> 5)
@@ -72,7 +73,7 @@ def test_gray_buckets_are_the_top_bits_of_the_rank():
         lambda mass: st.tuples(st.just(mass), st.integers(2, len(mass)))
     )
 )
-def test_quantile_maps_are_maps(case):
+def test_quantile_maps_are_maps(case: Any) -> None:
     mass, buckets = case
     found = np.array(quantile_map(mass, buckets))
     assert found[0] == 0
@@ -80,7 +81,7 @@ def test_quantile_maps_are_maps(case):
     assert set(np.diff(found)) <= {0, 1}
 
 
-def test_quantile_buckets_hold_equal_mass():
+def test_quantile_buckets_hold_equal_mass() -> None:
     assert quantile_map([1] * 8, 4) == (0, 0, 1, 1, 2, 2, 3, 3)
     # Nearly everything is a zero, which therefore has a bucket of its own.
     assert quantile_map([100, 1, 1, 1, 1], 3)[:2] == (0, 1)
@@ -88,10 +89,10 @@ def test_quantile_buckets_hold_equal_mass():
 
 
 @given(npst.arrays(np.float64, 16, elements=st.integers(0, 20)), st.integers(2, 5))
-def test_calibrated_popcount_buckets_cost_least_of_all(histogram, buckets):
+def test_calibrated_popcount_buckets_cost_least_of_all(histogram: Any, buckets: Any) -> None:
     """Against every map there is of 4-bit words."""
 
-    def cost(bucket_map):
+    def cost(bucket_map: Any) -> float:
         found = 0.0
         of_word = np.array(bucket_map)[keys("popcount", 4)]
         for bucket in range(buckets):
@@ -113,7 +114,7 @@ def test_calibrated_popcount_buckets_cost_least_of_all(histogram, buckets):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_calibrated_gray_buckets_part_what_is_apart(bits):
+def test_calibrated_gray_buckets_part_what_is_apart(bits: int) -> None:
     """Words around two values: the border lies between them."""
     histogram = np.zeros(1 << bits)
     histogram[[0b0011, 0b0010, 0b0110]] = 5
@@ -123,7 +124,20 @@ def test_calibrated_gray_buckets_part_what_is_apart(bits):
     assert set(found[[0b1111 << bits - 4, 0b1110 << bits - 4]]) == {1}
 
 
-def test_descending_sends_most_ones_first_and_stays_stable():
+def test_calibrated_maps_have_no_more_buckets_than_borders() -> None:
+    histogram = np.ones(1 << 16)
+    assert calibrated_map(histogram, "gray-rank", 16, 256)[-1] == 255
+    with pytest.raises(UsageError, match="at most 256 buckets here, not 257"):
+        calibrated_map(histogram, "gray-rank", 16, 257)
+    assert calibrated_map(np.zeros(256), "popcount", 8, 4) == uniform_map(4, 9)
+
+
+def test_buckets_are_a_number() -> None:
+    with pytest.raises(UsageError, match="buckets of an order is a number, not '4'"):
+        Order("popcount", buckets="4")  # type: ignore[arg-type]  # what is refused
+
+
+def test_descending_sends_most_ones_first_and_stays_stable() -> None:
     words = np.array([0b1, 0b111, 0b10, 0b1110])
     descending = counting_sort(Order.parse("popcount").table(4)[words])
     assert descending.tolist() == [2, 0, 3, 1]
@@ -144,12 +158,12 @@ def test_descending_sends_most_ones_first_and_stays_stable():
         "popcount=map:0.0.0.1.1.2.2.3.3",
     ],
 )
-def test_the_text_of_an_order_reads_back(text):
+def test_the_text_of_an_order_reads_back(text: str) -> None:
     order = Order.parse(text)
     assert Order.parse(str(order)) == order
 
 
-def test_a_map_from_the_words_needs_the_words():
+def test_a_map_from_the_words_needs_the_words() -> None:
     order = Order.parse("popcount=buckets:4:map:quantile")
     assert order.needs_histogram
     with pytest.raises(UsageError, match="depends on the words"):
@@ -166,7 +180,12 @@ def test_a_map_from_the_words_needs_the_words():
         ("popcount=bucket:4", "no option 'bucket'"),
         ("popcount=buckets", "no order"),
         ("popcount=buckets:four", "a number, not 'four'"),
+        ("popcount=buckets:²", "a number, not '²'"),
+        ("popcount=buckets:٤", "a number, not '٤'"),
+        ("popcount=buckets:4:buckets:2", "buckets stands twice"),
         ("popcount=buckets:1", "does nothing"),
+        ("popcount=map:0.0.0.0.0.0.0.0.0", "one bucket does nothing"),
+        ("popcount=map:0.0.0.1.1.2.2.3.³", "no bucket map"),
         ("chain=buckets:4", "'chain' sorts by no key, and there is buckets"),
         ("nearest=on:inputs", "'nearest' sorts by no key, and there is on"),
         ("popcount=on:outputs", "there is no on 'outputs'"),
@@ -175,7 +194,7 @@ def test_a_map_from_the_words_needs_the_words():
         ("popcount=direction:up", "there is no direction 'up'"),
     ],
 )
-def test_wrong_orders_are_refused(text, message):
+def test_wrong_orders_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Order.parse(text)
 
@@ -192,17 +211,17 @@ def test_wrong_orders_are_refused(text, message):
         ("popcount=buckets:3:map:0.0.0.1.1.2.2.3.3", 8, "the map has 4 buckets, and buckets is 3"),
     ],
 )
-def test_maps_that_do_not_fit_the_words_are_refused(text, bits, message):
+def test_maps_that_do_not_fit_the_words_are_refused(text: str, bits: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Order.parse(text).table(bits)
 
 
-def test_a_map_covers_the_ranks():
+def test_a_map_covers_the_ranks() -> None:
     assert key_count("gray-rank", 8) == 256
     with pytest.raises(UsageError, match="256 ranks"):
         check_map([0, 1], "gray-rank", 8)
 
 
-def test_words_of_17_bits_have_no_table():
+def test_words_of_17_bits_have_no_table() -> None:
     with pytest.raises(UsageError, match="1 to 16 bits"):
         keys("popcount", 17)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,13 +13,13 @@ from bitwright.targets.places import chain
 from tests.targets.test_link import link
 
 
-def weights(channels, terms, seed=0):
+def weights(channels: int, terms: int, seed: int = 0) -> Any:
     """Words of int8 weights as a trained layer has them: near zero, of both signs."""
     values = np.random.default_rng(seed).normal(0, 25, (channels, terms)).round()
     return values.clip(-127, 127).astype(np.int8)
 
 
-def by_hand(window, before, lanes, packing):
+def by_hand(window: Any, before: Any, lanes: int, packing: str) -> Any:
     """Greedy choice, word by word; ``before`` is what each lane sent last."""
     count = -(-len(window) // lanes)
     grid = np.zeros((count, lanes), int)
@@ -38,7 +40,7 @@ def by_hand(window, before, lanes, packing):
 @pytest.mark.parametrize(
     "loops", [["channel", "position", "chunk"], ["position", "chunk", "channel"]]
 )
-def test_a_lane_goes_on_where_the_window_before_ended(packing, loops):
+def test_a_lane_goes_on_where_the_window_before_ended(packing: str, loops: list[str]) -> None:
     wires = link(lanes=4, window=10, packing=packing, loops=loops)
     words = wires.words(weights(5, 34))
     found = chain(words, wires, positions=6, snake=False)
@@ -56,7 +58,7 @@ def test_a_lane_goes_on_where_the_window_before_ended(packing, loops):
 
 
 @pytest.mark.parametrize("snake", [False, True])
-def test_each_window_holds_a_permutation(snake):
+def test_each_window_holds_a_permutation(snake: bool) -> None:
     for loops in (["channel", "chunk", "position"], ["position", "channel", "chunk"]):
         wires = link(loops=loops)
         found = chain(wires.words(weights(6, 60)), wires, positions=9, snake=snake)
@@ -75,19 +77,21 @@ def test_each_window_holds_a_permutation(snake):
     ],
 )
 @pytest.mark.parametrize("packing", ["row-major", "column-major"])
-def test_the_weight_stream_toggles_less_than_sorted_by_popcount(loops, packing):
+def test_the_weight_stream_toggles_less_than_sorted_by_popcount(
+    loops: list[str], packing: str
+) -> None:
     wires = link(loops=loops, packing=packing)
     words = wires.words(weights(8, 75))
     traffic = Traffic.product("fc", rows=4, depth=75, columns=8)
 
-    def toggles(places):
+    def toggles(places: Any) -> int:
         """Of the weights alone, sent in a given order."""
         ordered = np.empty_like(words)
         for span in (slice(0, 25), slice(25, 50), slice(50, 75)):
             np.put_along_axis(ordered[:, span], places[:, span].astype(int), words[:, span], 1)
         zeros = np.zeros(4 * 75, np.uint16)
         sent = flits(traffic, zeros, ordered, wires, Order(), {})
-        return transitions(sent["weights"], 8).sum()
+        return int(transitions(sent["weights"], 8).sum())
 
     popcount = counting_sort(Order.parse("popcount").table(8)[words.reshape(8, 3, 25)])
     assert toggles(chain(words, wires, positions=4, snake=False)) < toggles(popcount.reshape(8, 75))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from benchmarks import sorting_unit_area
 from benchmarks.sorting_networks import SortingNetwork, bitonic, bubble
 from benchmarks.synthesis import LIBERTY, synthesize
 from bitwright.errors import RunError, UsageError
-from bitwright.targets.orders import counting_sort, key_count, keys, uniform_map
+from bitwright.targets.orders import Key, counting_sort, key_count, keys, uniform_map
 from bitwright.targets.sorting_unit import LATENCY, SortingUnit, Starts
 
 Array = npt.NDArray[Any]
@@ -31,7 +31,8 @@ STARTS: tuple[Starts, ...] = ("chained", "counted")
 
 def simulate(circuit: Any, cycles: Iterable[Sequence[int] | None]) -> list[list[int] | None]:
     """The permutation of each cycle; None where there is no window or no permutation."""
-    unit, found = circuit.unit, []
+    unit = circuit.unit
+    found: list[list[int] | None] = []
     simulator = Simulator(circuit)
     simulator.add_clock(1e-6)
 
@@ -121,7 +122,7 @@ def test_every_window_of_three_bits(bucket_map: Any, starts: Starts) -> None:
 @st.composite
 def units(draw: st.DrawFn) -> SortingUnit:
     """Any small unit with any map."""
-    key = draw(st.sampled_from(["popcount", "gray-rank"]))
+    key: Key = draw(st.sampled_from(get_args(Key)))
     word_bits = draw(st.integers(1, 16 if key == "popcount" else 6))
     count = key_count(key, word_bits)
     steps = draw(st.lists(st.booleans(), min_size=count - 1, max_size=count - 1).filter(any))
@@ -302,7 +303,7 @@ def test_verilog_sorts(starts: Starts, tmp_path: Path) -> None:
         words, permutation = (sum(v << 2 * i for i, v in enumerate(one)) for one in (window, order))
         # There is no other result, whatever the other cycles hold.
         commands.append(
-            f"sat -seq 1 -verify -set-at 1 words {words} -set-at 1 valid 1 -set-at 1 rst 0 "
+            f"sat -seq 4 -verify -set-at 1 words {words} -set-at 1 valid 1 -set-at 1 rst 0 "
             f"-set-at 2 rst 0 -set-at 3 rst 0 -set-at 4 rst 0 "
             f"-prove-skip 3 -prove permutation {permutation} -prove permutation_valid 1 psu"
         )
@@ -335,7 +336,14 @@ def test_refused(parameters: dict[str, Any], what: str) -> None:
         SortingUnit(**{"window": 25, **parameters})
 
 
-@pytest.mark.parametrize("name", ["", "9psu", "a b", "psu;", "ünit"])
+def test_too_many_buckets_are_told_what_goes() -> None:
+    with pytest.raises(UsageError) as raised:
+        SortingUnit(25, key="gray-rank")
+    assert raised.value.fix == ("take 64 buckets or fewer; one a key only goes up to 64 keys")
+    assert SortingUnit(25, 6, "gray-rank").buckets == 64
+
+
+@pytest.mark.parametrize("name", ["", "9psu", "a b", "psu;", "ünit", "module", "endgenerate"])
 def test_a_name_that_is_none(name: str) -> None:
     with pytest.raises(UsageError, match="no name of a Verilog module"):
         SortingUnit(2, 1).verilog(name)

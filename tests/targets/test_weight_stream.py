@@ -37,7 +37,7 @@ def link(**changes: Any) -> Link:
 
 
 @st.composite
-def links(draw: st.DrawFn, **fixed: Any) -> Link:
+def links(draw: st.DrawFn, /, **fixed: Any) -> Link:
     return link(
         **{
             "word_bits": draw(st.sampled_from([3, 8, 16])),

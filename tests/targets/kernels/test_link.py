@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from bitwright.errors import UsageError
 from bitwright.targets import link as definition
 from bitwright.targets.kernels.link import (
-    LayerKernel,
     count_transitions,
     layer_transitions,
     positions,
@@ -309,45 +307,6 @@ def test_partial_sums_may_leave_32_bits() -> None:
 # --------------------------------------------------------------------------- nearest neighbour
 
 
-def nearest_flits(traffic: Traffic, link: Link, inputs: Words, weights: Words) -> dict[Part, Words]:
-    """Flits of the greedy order, lane by lane."""
-    lanes = link.lanes.value
-    chunks = traffic.chunks(link.window.value)
-    in_group = traffic.channels // len(traffic.taps)
-    last: list[tuple[int, int] | None] = [None] * lanes
-    parts: dict[Part, list[Words]] = {"inputs": [], "weights": []}
-    for channel, position, chunk in traffic.sequence(link):
-        taps = traffic.taps[channel // in_group, chunks[chunk]]
-        left = list(
-            zip(
-                inputs[traffic.bases[position] + taps].tolist(),
-                weights[channel, chunks[chunk]].tolist(),
-                strict=True,
-            )
-        )
-        terms = len(left)
-        count = math.ceil(terms / lanes)
-        x, w = np.zeros((2, count, lanes), np.uint16)
-        for lane in range(lanes):
-            for flit in range(count):
-                row_major = link.packing == "row-major"
-                rank = flit * lanes + lane if row_major else lane * count + flit
-                pair = (0, 0)
-                if rank < terms:
-                    before = last[lane]
-                    distances = [
-                        0
-                        if before is None
-                        else (a ^ before[0]).bit_count() + (b ^ before[1]).bit_count()
-                        for a, b in left
-                    ]
-                    pair = left.pop(distances.index(min(distances)))
-                x[flit, lane], w[flit, lane] = last[lane] = pair
-        parts["inputs"].append(x)
-        parts["weights"].append(w)
-    return {part: np.concatenate(flits) for part, flits in parts.items()}
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -364,8 +323,13 @@ def test_nearest_neighbour(fields: dict[str, Any]) -> None:
     found = layer_transitions(
         layer.traffic, link, Order("nearest"), layer.x, layer.w, zero_points=layer.zero_points
     )
-    sent = [nearest_flits(layer.traffic, link, link.words(x), link.words(layer.w)) for x in layer.x]
-    for part in ("inputs", "weights"):
+    sent = [
+        definition.flits(
+            layer.traffic, link.words(x), link.words(layer.w), link, Order("nearest"), {}
+        )
+        for x in layer.x
+    ]
+    for part in found.counts:
         expected = sum(definition.transitions(flits[part], bits) for flits in sent)
         np.testing.assert_array_equal(found.counts[part], expected)
         assert found.flits[part] == sum(len(flits[part]) for flits in sent)
@@ -383,18 +347,6 @@ def test_nearest_neighbour_is_better_than_sorting() -> None:
 
 
 # --------------------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    "fields, order",
-    [
-        ({"flit": "separate", "reuse": True}, Order("nearest")),
-        ({}, Order("nearest", snake=True)),
-    ],
-)
-def test_nearest_neighbour_follows_every_window(fields: dict[str, Any], order: Order) -> None:
-    with pytest.raises(UsageError, match="nearest"):
-        LayerKernel.of(link_of(**fields), order, "int8", "int8", 32)
 
 
 def test_wide_codes_do_not_fit_narrow_words() -> None:
@@ -462,6 +414,19 @@ def test_no_codes_at_all() -> None:
     table = Order("popcount").table(8)
     assert positions(np.zeros((0, 9), np.uint8), table).shape == (0, 9)
     assert reorder(np.zeros((3, 0), np.uint8), table).shape == (3, 0)
+
+
+@pytest.mark.parametrize("sort", [positions, reorder])
+@pytest.mark.parametrize("terms, window", [(257, None), (9, 257), (9, 0), (9, -1)])
+def test_places_are_bytes(sort: Any, terms: int, window: int | None) -> None:
+    with pytest.raises(UsageError, match=r"a window of -?[0-9]+ terms"):
+        sort(np.zeros((2, terms), np.uint8), Order("popcount").table(8), window)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint64", "float16", "bool"])
+def test_codes_of_other_types_are_not_sorted(dtype: str) -> None:
+    with pytest.raises(UsageError, match=f"codes of type {dtype}"):
+        positions(np.zeros((2, 9), dtype), Order("popcount").table(8))
 
 
 # --------------------------------------------------------------------------- counts
