@@ -173,7 +173,7 @@ def test_auto_decides_layer_by_layer_on_the_calibration_samples(
         target,
         precision="w8a8",
         calibration=few,
-        passes="popcount-reorder=key:popcount:auto:true:on:inputs",
+        passes="popcount-reorder=auto:true:key:popcount:on:inputs:snake:false",
         output=tmp_path / "out",
     )
     entry = got.manifest.link
