@@ -34,7 +34,7 @@ ORDERS = (EXACT, "popcount=buckets:4", "gray-rank", "gray-rank=snake:true", "cha
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; give 1 if the bound does not hold, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--photographs", type=int, default=2)
+    parser.add_argument("--photographs", type=int, default=1)
     options = parser.parse_args(arguments)
     model = models.efficientnet_lite0()
     calibration = models.photographs(16, seed=0, split="calibration")
