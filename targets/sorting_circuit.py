@@ -212,36 +212,51 @@ def count_ones(gates: Gates, bits: Bits) -> Bits:
     return total
 
 
-def at_least(gates: Gates, bits: Bits, thresholds: Sequence[int]) -> Bits:
-    """Whether so many bits are set, for each of some rising thresholds."""
-    if len(bits) > 4 and len({threshold % 2 for threshold in thresholds}) == 1:
-        # All odd or all even: nothing depends on the lowest bit of the count, only on the carries
-        # to the next (with one more added if the thresholds are odd).
-        odd = thresholds[0] % 2
-        column, carries = list(bits), []
-        while len(column) > 4:
-            low, carry = gates.full_adder(*column[:3])
-            column = [*column[3:], low]
-            carries.append(carry)
-        ones = sorted_bits(gates, column)
-        carries += ones[1 - odd :: 2]
-        return at_least(gates, carries, [(threshold + odd) // 2 for threshold in thresholds])
-    ones = [C(1, 1), *sorted_bits(gates, bits)]
-    return [ones[threshold] for threshold in thresholds]
+def at_least(gates: Gates, bits: Bits, thresholds: Sequence[int], ordered: Bits = ()) -> Bits:
+    """Whether so many bits are set, for each of some rising thresholds.
+
+    Parameters
+    ----------
+    gates
+        What it is built of.
+    bits
+        What is counted.
+    thresholds
+        Numbers of ones.
+    ordered
+        More bits to be counted, ones in front.
+    """
+    column = [*bits, *ordered]
+    if len(column) <= 4 or len({threshold % 2 for threshold in thresholds}) > 1:
+        ones = [C(1, 1), *merged(gates, ordered_bits(gates, bits), ordered)]
+        return [ones[threshold] for threshold in thresholds]
+    # All odd or all even: nothing depends on the lowest bit of the count, only on the carries to
+    # the next (with one more added if the thresholds are odd).
+    odd, carries = thresholds[0] % 2, []
+    while len(column) > 4:
+        low, carry = gates.full_adder(*column[:3])
+        column = [*column[3:], low]
+        carries.append(carry)
+    pairs = ordered_bits(gates, column)[1 - odd :: 2]
+    return at_least(gates, carries, [(threshold + odd) // 2 for threshold in thresholds], pairs)
 
 
-def sorted_bits(gates: Gates, bits: Bits) -> Bits:
+def ordered_bits(gates: Gates, bits: Bits) -> Bits:
     """As many ones, in front: whether one is set, two, three and so on."""
     if len(bits) < 2:
-        return list(bits)
+        return bits
     middle = len(bits) // 2
-    halves = (sorted_bits(gates, half) for half in (bits[:middle], bits[middle:]))
-    left, right = ([C(1, 1), *half] for half in halves)
-    merged = []
-    for ones in range(1, len(bits) + 1):
-        ways = [left[i] & right[ones - i] for i in range(len(left)) if 0 <= ones - i < len(right)]
-        merged.append(reduce(or_, ways))
-    return list(gates.wire("ones", merged))
+    return merged(gates, *(ordered_bits(gates, half) for half in (bits[:middle], bits[middle:])))
+
+
+def merged(gates: Gates, left: Bits, right: Bits) -> Bits:
+    """As many ones as in both, in front; in both they are in front."""
+    left, right, ways = [C(1, 1), *left], [C(1, 1), *right], []
+    for ones in range(1, len(left) + len(right) - 1):
+        pairs = [(i, ones - i) for i in range(len(left)) if 0 <= ones - i < len(right)]
+        ways.append(reduce(or_, (left[i] & right[j] for i, j in pairs)))
+    found: Bits = gates.wire("ones", ways)
+    return found
 
 
 # -- second stage: places -------------------------------------------------------------------------
