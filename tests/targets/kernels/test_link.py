@@ -31,7 +31,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def link_of(**fields: Any) -> Link:
-    """The authors' link, with other fields."""
+    """The authors' link, with other fields, unsorted."""
     values: dict[str, Any] = {
         "flit": "paired",
         "word_bits": 8,
@@ -41,6 +41,7 @@ def link_of(**fields: Any) -> Link:
         "window": 25,
         "energy_pj_per_transition": 0.173,
         "frequency_mhz": 125.0,
+        "order": "none",
     }
     values.update(fields)
     for name in ("word_bits", "lanes", "window", "energy_pj_per_transition", "frequency_mhz"):
@@ -199,13 +200,13 @@ def draw(generator: np.random.Generator) -> tuple[Link, Order, str, str, int]:
         reuse=flit == "separate" and one(True, False),
         window=int(generator.integers(2, 30)),
     )
-    order = Order(
-        one("none", "popcount", "gray-rank"),
-        one("weights", "inputs", "separated"),
-        one(0, 2),
-        direction=one("descending", "ascending"),
-        snake=one(True, False),
-    )
+    key = one("none", "popcount", "gray-rank")
+    fields: dict[str, Any] = {"snake": one(True, False)}
+    if key != "none":
+        fields["on"] = one("weights", "inputs", "separated")
+        fields["buckets"] = one(0, 2)
+        fields["direction"] = one("descending", "ascending")
+    order = Order(key, **fields)
     code_bits = min(bits, one(8, 16))
     types = ("int16", "uint16") if code_bits > 8 else ("int8", "uint8", "int16", "uint16")
     return link, order, one(*types), one(*types), code_bits
