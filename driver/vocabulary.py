@@ -12,13 +12,16 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from bitwright.errors import PlanError
 
 __all__ = [
+    "ACTIVATION_FORMATS",
     "BIT_WIDTHS",
     "FLOAT_BITS",
+    "Activation",
+    "ActivationFormat",
     "Dim",
     "Layer",
     "LayerCost",
@@ -38,7 +41,104 @@ Dim: TypeAlias = int | str
 
 LayerKind = Literal["conv", "matmul", "recurrent", "scan"]
 
-_PRECISION_TEXT = re.compile(r"w(0|[1-9][0-9]{0,8})a(0|[1-9][0-9]{0,8})")
+ActivationFormat = Literal["int", "soft-edge", "soft-edge8", "soft-edge6", "soft-edge4"]
+"""How codes of activations are laid out: integers of one step, or :mod:`bitwright.soft_edge`."""
+
+ACTIVATION_FORMATS: Final[tuple[ActivationFormat, ...]] = get_args(ActivationFormat)
+
+_SUFFIXES: Final[Mapping[ActivationFormat, str]] = {
+    "int": "",
+    "soft-edge": "se",
+    "soft-edge8": "se8",
+    "soft-edge6": "se6",
+    "soft-edge4": "se4",
+}
+_FORMAT_BITS: Final[Mapping[ActivationFormat, int]] = {
+    "soft-edge": 8,
+    "soft-edge8": 8,
+    "soft-edge6": 8,
+    "soft-edge4": 4,
+}
+
+_ACTIVATION_PATTERN = r"a(0|[1-9][0-9]{0,8})(se[468]?)?"
+_ACTIVATION_TEXT = re.compile(_ACTIVATION_PATTERN)
+_PRECISION_TEXT = re.compile(r"w(0|[1-9][0-9]{0,8})" + _ACTIVATION_PATTERN)
+
+
+def _check_width(name: str, bits: object) -> None:
+    if type(bits) is not int or bits not in BIT_WIDTHS:  # True and 8.0 are no widths
+        raise PlanError(
+            f"{name} is {bits!r}, which is not a supported width",
+            fix=f"choose one of {', '.join(map(str, BIT_WIDTHS))} bits",
+        )
+
+
+def _format_of(suffix: str | None) -> ActivationFormat:
+    return next(name for name, text in _SUFFIXES.items() if text == (suffix or ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """How the codes of a tensor are laid out.
+
+    Parameters
+    ----------
+    bits
+        2, 4, 8 or 16.
+    format
+        ``int``: integers of one step. ``soft-edge``: the three scales of Quamba-SE, 8 bits of
+        magnitude and a sign; of 8 bits. ``soft-edge8``, ``soft-edge6``, ``soft-edge4``: segments
+        chosen by calibration, that many bits a value, sign included, in words of 8, 8 and 4 bits.
+
+    Raises
+    ------
+    PlanError
+        If the width does not exist, or not for the format.
+
+    Examples
+    --------
+    >>> Activation.parse("a8se8")
+    Activation(bits=8, format='soft-edge8')
+    """
+
+    bits: int
+    format: ActivationFormat = "int"
+
+    def __post_init__(self) -> None:
+        _check_width("activation_bits", self.bits)
+        if self.format not in ACTIVATION_FORMATS:
+            raise PlanError(
+                f"activation_format is {self.format!r}",
+                fix=f"choose one of {', '.join(ACTIVATION_FORMATS)}",
+            )
+        bits = _FORMAT_BITS.get(self.format, self.bits)
+        if bits != self.bits:
+            raise PlanError(
+                f"there is no {self.format} with {self.bits} bits",
+                fix=f"write a{bits}{_SUFFIXES[self.format]}: its words have {bits} bits",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Activation:
+        """Read the text form, for example ``a8``, ``a8se`` or ``a4se4``."""
+        match = _ACTIVATION_TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+        if match is None:
+            raise PlanError(
+                f"{text!r} is no form of activations",
+                fix="write it like a8, or a8se, a8se8, a8se6, a4se4 for soft edge",
+            )
+        try:
+            return cls(int(match[1]), _format_of(match[2]))
+        except PlanError as error:
+            raise PlanError(error.what, where=f"activation {text!r}", fix=error.fix) from None
+
+    @classmethod
+    def of(cls, value: Activation | str) -> Activation:
+        """A form as it is, or read from its text form."""
+        return value if isinstance(value, Activation) else cls.parse(value)
+
+    def __str__(self) -> str:
+        return f"a{self.bits}{_SUFFIXES[self.format]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +149,13 @@ class Precision:
     ----------
     weight_bits, activation_bits
         Width of the weights and of the layer's input activations, in bits: 2, 4, 8 or 16.
+    activation_format
+        How the codes of the input activations are laid out; see :class:`Activation`.
 
     Raises
     ------
     PlanError
-        If a width is not one of :data:`BIT_WIDTHS`.
+        If a width is not one of :data:`BIT_WIDTHS`, or a format does not exist at that width.
 
     Examples
     --------
@@ -61,19 +163,22 @@ class Precision:
     Precision(weight_bits=4, activation_bits=8)
     >>> str(Precision(weight_bits=2, activation_bits=16))
     'w2a16'
+    >>> Precision.parse("w8a8se").activation_format
+    'soft-edge'
     """
 
     weight_bits: int
     activation_bits: int
+    activation_format: ActivationFormat = "int"
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            bits = getattr(self, name)
-            if type(bits) is not int or bits not in BIT_WIDTHS:  # True and 8.0 are no widths
-                raise PlanError(
-                    f"{name} is {bits!r}, which is not a supported width",
-                    fix=f"choose one of {', '.join(map(str, BIT_WIDTHS))} bits",
-                )
+        _check_width("weight_bits", self.weight_bits)
+        Activation(self.activation_bits, self.activation_format)
+
+    @property
+    def activation(self) -> Activation:
+        """Width and format of the input activations."""
+        return Activation(self.activation_bits, self.activation_format)
 
     @classmethod
     def parse(cls, text: str) -> Precision:
@@ -83,10 +188,11 @@ class Precision:
             raise PlanError(
                 f"{text!r} is not a precision",
                 fix="write it like w4a8: 4-bit weights and 8-bit activations "
-                f"(widths {', '.join(map(str, BIT_WIDTHS))})",
+                f"(widths {', '.join(map(str, BIT_WIDTHS))}; se, se8, se6 or se4 behind it for "
+                "soft-edge activations)",
             )
         try:
-            return cls(weight_bits=int(match[1]), activation_bits=int(match[2]))
+            return cls(int(match[1]), int(match[2]), _format_of(match[3]))
         except PlanError as error:
             raise PlanError(error.what, where=f"precision {text!r}", fix=error.fix) from None
 
@@ -96,7 +202,15 @@ class Precision:
         return value if isinstance(value, Precision) else cls.parse(value)
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a{self.activation_bits}"
+        return f"w{self.weight_bits}{self.activation}"
+
+    def __repr__(self) -> str:
+        # The format shows where it is not the usual one.
+        shown = f", activation_format={self.activation_format!r}"
+        return (
+            f"Precision(weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
+            f"{shown if self.activation_format != 'int' else ''})"
+        )
 
 
 Numbers: TypeAlias = "int | Sequence[int]"
@@ -570,6 +684,12 @@ class PrecisionPlan:
     loop_bits
         The same in the bodies of loops (LSTM, GRU, RNN, Scan, Loop): 8 or 16 bits of fixed point,
         or 32 for float32.
+    scan_inputs
+        What selective scans (Mamba) read, by the names of tensors in the model, to how it is
+        quantized. Those that are not named stay float32.
+    percentiles
+        Names of activation tensors to the share of their values, in percent, that their range
+        keeps; for the others an option of the quantizer says so.
     """
 
     layers: Mapping[str, Precision]
@@ -578,6 +698,8 @@ class PrecisionPlan:
     target: str | None = None
     elementwise_bits: int = 16
     loop_bits: int = FLOAT_BITS
+    scan_inputs: Mapping[str, Activation] = field(default_factory=dict)
+    percentiles: Mapping[str, float] = field(default_factory=dict)
     schema_version: int = field(default=PLAN_SCHEMA_VERSION)
 
     def __post_init__(self) -> None:
@@ -590,6 +712,13 @@ class PrecisionPlan:
                 f"loop_bits is {self.loop_bits!r}",
                 fix="choose 8 or 16 bits of fixed point, or 32 for float32",
             )
+        for name, percent in self.percentiles.items():
+            number = isinstance(percent, int | float) and not isinstance(percent, bool)
+            if not number or not 0.0 < percent <= 100.0:
+                raise PlanError(
+                    f"the percentile of {name!r} is {percent!r}",
+                    fix="give a number above 0 and at most 100",
+                )
 
     def to_json(self) -> str:
         """Write the plan as JSON text, one layer a line."""
@@ -602,6 +731,10 @@ class PrecisionPlan:
             "loop_bits": self.loop_bits,
             "layers": {name: str(precision) for name, precision in self.layers.items()},
         }
+        if self.scan_inputs:
+            document["scan_inputs"] = {name: str(form) for name, form in self.scan_inputs.items()}
+        if self.percentiles:
+            document["percentiles"] = dict(self.percentiles)
         return json.dumps(document, indent=2) + "\n"
 
     @classmethod
@@ -652,6 +785,8 @@ class PrecisionPlan:
             "weights_hash",
             "elementwise_bits",
             "loop_bits",
+            "scan_inputs",
+            "percentiles",
             "layers",
         }
         if unknown := sorted(set(document) - known):
@@ -663,6 +798,9 @@ class PrecisionPlan:
         for name in ("target", "structure_hash", "weights_hash"):
             if not isinstance(document.get(name), str | None):
                 raise PlanError(f"{name} must be a text or null", where=where)
+        for name in ("scan_inputs", "percentiles"):
+            if not isinstance(document.get(name, {}), dict):
+                raise PlanError(f"{name} must be an object of tensor names", where=where)
         layers = document.get("layers")
         if not isinstance(layers, dict):
             raise PlanError(
@@ -677,6 +815,13 @@ class PrecisionPlan:
             except PlanError as error:
                 place = f"{where}, layer {name!r}"
                 raise PlanError(error.what, where=place, fix=error.fix) from None
+        scan_inputs = {}
+        for name, entry in document.get("scan_inputs", {}).items():
+            try:
+                scan_inputs[name] = Activation.parse(entry)
+            except PlanError as error:
+                place = f"{where}, scan input {name!r}"
+                raise PlanError(error.what, where=place, fix=error.fix) from None
         try:
             return cls(
                 layers=precisions,
@@ -685,6 +830,8 @@ class PrecisionPlan:
                 target=document.get("target"),
                 elementwise_bits=document.get("elementwise_bits", 16),
                 loop_bits=document.get("loop_bits", FLOAT_BITS),
+                scan_inputs=scan_inputs,
+                percentiles=document.get("percentiles", {}),
             )
         except PlanError as error:
             raise PlanError(error.what, where=where, fix=error.fix) from None
