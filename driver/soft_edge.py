@@ -203,7 +203,8 @@ class SoftEdge:
         magnitude = np.abs(steps)
         positive = self._index(magnitude, self.positive)
         negative = self._index(magnitude, self.negative)
-        return (self.zero_point + np.where(steps < 0, -negative, positive)).astype(self.dtype)
+        codes = np.where(steps < 0, self.zero_point - negative, self.zero_point + positive)
+        return np.asarray(codes, self.dtype)
 
     @staticmethod
     def _index(magnitude: npt.NDArray[np.float32], side: Sequence[Segment]) -> Any:
@@ -239,13 +240,7 @@ class SoftEdge:
         sides: list[tuple[Segment, ...]] = []
         for part in match.groups()[2:] if match else ():
             found = [_SEGMENT.fullmatch(entry) for entry in part.split(",")]
-            sides.append(
-                tuple(
-                    Segment(*(int(m[k]) for k in (1, 2, 3)), None if m[4] is None else float(m[4]))
-                    for m in found
-                    if m is not None
-                )
-            )
+            sides.append(tuple(_segment(entry) for entry in found if entry is not None))
             if None in found:
                 match = None
         if match is None:
@@ -295,6 +290,11 @@ class SoftEdge:
             Segment(((ends[2] - ends[1]) >> outlier) + 1, ends[1], outlier),
         )
         return cls(side, side)
+
+
+def _segment(match: re.Match[str]) -> Segment:
+    codes, first, shift = (int(match[group]) for group in (1, 2, 3))
+    return Segment(codes, first, shift, None if match[4] is None else float(match[4]))
 
 
 def _refuse(layout: SoftEdge, why: str) -> None:
