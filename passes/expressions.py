@@ -14,8 +14,10 @@ from tvm import relax, s_tir, sym, tirx
 from tvm.ir import GenericConst, Op, SourceName, Span
 
 from bitwright import errors
-from bitwright.passes.ops import COND, SCAN
+from bitwright.passes.ops import COND, SCAN, SOFT_EDGE_DECODE, layout_of
 from bitwright.quant.observers import TensorQuantization
+from bitwright.soft_edge import SoftEdge
+from bitwright.vocabulary import Activation
 
 __all__ = [
     "LAYER_OPERATORS",
@@ -40,8 +42,11 @@ __all__ = [
     "operator",
     "quantizer",
     "rewriting",
+    "same_move",
     "scalar",
     "scans",
+    "soft_edge",
+    "soft_edge_activation",
     "static_shape",
     "substituted",
     "with_span",
@@ -102,6 +107,32 @@ def is_move(call: Any) -> bool:
         return str(call.attrs.method) == "nearest_neighbor" and mode != "tf_crop_and_resize"
     # Looking up constant data by computed indices is no move of an activation.
     return name in _MOVES and constant(call.args[0]) is None
+
+
+def same_move(call: Any, data: Any, zero_point: int) -> Any:
+    """Return the same move of other data; what is padded is the code of 0."""
+    if operator(call) == "nn.pad" and str(call.attrs.pad_mode) == "constant":
+        widths = [int(width) for width in call.attrs.pad_width]
+        return with_span(relax.op.nn.pad(data, widths, "constant", float(zero_point)), call)
+    return relax.Call(call.op, [data, *call.args[1:]], call.attrs, call.ty_args, call.span)
+
+
+def soft_edge(expr: Any) -> SoftEdge | None:
+    """Layout of codes where an expression decodes them; None for any other expression."""
+    return layout_of(expr) if operator(expr) == SOFT_EDGE_DECODE else None
+
+
+_SOFT_EDGES: Mapping[int, Activation] = {
+    9: Activation(8, "soft-edge"),
+    8: Activation(8, "soft-edge8"),
+    6: Activation(8, "soft-edge6"),
+    4: Activation(4, "soft-edge4"),
+}
+
+
+def soft_edge_activation(layout: SoftEdge) -> Activation | None:
+    """What a plan calls codes of a layout; None if it has no name for as many bits."""
+    return _SOFT_EDGES.get(layout.bits)
 
 
 _NARROW = {
