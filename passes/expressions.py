@@ -17,7 +17,6 @@ from bitwright import errors
 from bitwright.passes.ops import COND, SCAN, SOFT_EDGE_DECODE, layout_of
 from bitwright.quant.observers import TensorQuantization
 from bitwright.soft_edge import SoftEdge
-from bitwright.vocabulary import Activation
 
 __all__ = [
     "LAYER_OPERATORS",
@@ -46,7 +45,6 @@ __all__ = [
     "scalar",
     "scans",
     "soft_edge",
-    "soft_edge_activation",
     "static_shape",
     "substituted",
     "with_span",
@@ -122,19 +120,6 @@ def soft_edge(expr: Any) -> SoftEdge | None:
     return layout_of(expr) if operator(expr) == SOFT_EDGE_DECODE else None
 
 
-_SOFT_EDGES: Mapping[int, Activation] = {
-    9: Activation(8, "soft-edge"),
-    8: Activation(8, "soft-edge8"),
-    6: Activation(8, "soft-edge6"),
-    4: Activation(4, "soft-edge4"),
-}
-
-
-def soft_edge_activation(layout: SoftEdge) -> Activation | None:
-    """What a plan calls codes of a layout; None if it has no name for as many bits."""
-    return _SOFT_EDGES.get(layout.bits)
-
-
 _NARROW = {
     "int8": {(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1): bits for bits in (2, 4)},
     "uint8": {(0, 2**bits - 1): bits for bits in (2, 4)},
@@ -157,7 +142,7 @@ def clip_bits(call: Any) -> int | None:
 def code_bits(
     codes: Any, value: Callable[[Any], Any], known: Mapping[Any, int] | None = None
 ) -> int:
-    """Width of codes: what ``R.clip`` left of the storage type.
+    """Width of codes: what ``R.clip`` left of the storage type, or a soft-edge layout needs.
 
     Parameters
     ----------
@@ -172,6 +157,8 @@ def code_bits(
         expr = value(codes)
         if known is not None and expr in known:
             return known[expr]
+        if (layout := soft_edge(expr)) is not None:
+            return layout.bits
         if operator(expr) == "clip":
             bits = clip_bits(expr)
             if bits is not None:
@@ -216,8 +203,13 @@ class Quantizer:
         """Whether one scale and one zero point serve the whole tensor."""
         return self.scale.size == 1 and self.zero_point.size == 1
 
-    def type(self, bits: int | None = None) -> TensorQuantization:
-        """Return the quantization, of ``bits`` bits where they are fewer than the storage has."""
+    def type(self, bits: int | None = None, layout: SoftEdge | None = None) -> TensorQuantization:
+        """Return the quantization, of ``bits`` bits where they are fewer than the storage has.
+
+        With a layout it is that of decoded soft-edge codes.
+        """
+        if layout is not None and not int(self.zero_point.item()):
+            return TensorQuantization.soft_edge(layout, float(self.scale.item()))
         signed = not self.dtype.startswith("u")
         return TensorQuantization(
             float(self.scale.item()),

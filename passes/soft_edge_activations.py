@@ -38,7 +38,6 @@ from bitwright.passes.expressions import (
     quantizer,
     rewriting,
     same_move,
-    soft_edge_activation,
     with_span,
 )
 from bitwright.passes.partition_for_target import PRECISIONS
@@ -356,14 +355,11 @@ class SoftEdgeActivations:
     def _with_precisions(self, mod: Any, layers: set[str]) -> Any:
         """Note the form of what layers now read."""
         precisions: Mapping[str, str] = mod.get_attr(PRECISIONS) or {}
-        form = soft_edge_activation(self.layout)
-        changed = {}
-        for name, text in precisions.items():
-            if name in layers and form is not None:
-                bits = Precision.parse(str(text)).weight_bits
-                changed[name] = str(Precision(bits, form.bits, form.format))
-            elif name not in layers:
-                changed[name] = str(text)
+        form = self.layout.activation
+        changed = {name: str(text) for name, text in precisions.items()}
+        for name in layers & changed.keys():
+            bits = Precision.parse(changed[name]).weight_bits
+            changed[name] = str(Precision(bits, form.bits, form.format))
         return mod.with_attr(PRECISIONS, changed) if layers and precisions else mod
 
 

@@ -36,7 +36,7 @@ def decoded(layout: SoftEdge, codes: Expr, lanes: int) -> Expr:
 
 
 def encoded(layout: SoftEdge, values: Expr, step: Expr, lanes: int) -> Expr:
-    """Codes of float32 values.
+    """Codes of float32 values; that of NaN is the highest.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def _index(magnitude: Expr, side: Sequence[Segment], lanes: int) -> Expr:
         if limit is None:
             index = rounded
         else:
-            index = T.Select(magnitude > number(limit), rounded, index)
+            index = T.Select(magnitude <= number(limit), index, rounded)  # NaN is beyond
         start += segment.codes
         limit = segment.limit
     return index
