@@ -60,6 +60,12 @@ class SelectiveScan:
     node: ir.Node
     inputs: Mapping[str, int]
 
+    @property
+    def tensors(self) -> dict[int, ir.Value]:
+        """What enters the Scan in a role, by the index of the input."""
+        values = ((index, self.node.inputs[index]) for index in self.inputs.values())
+        return {index: value for index, value in values if value is not None}
+
     def value(self, role: str) -> ir.Value | None:
         """The tensor of a role, as it enters the Scan."""
         return self.node.inputs[self.inputs[role]] if role in self.inputs else None
