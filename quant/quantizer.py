@@ -36,6 +36,7 @@ from bitwright.quant.recipes import RecipeName, get_recipe
 from bitwright.quant.refine import LayerChoice, Refinement, measure_errors
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.quant.selective_scan import SelectiveScan, selective_scans
+from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import FLOAT_BITS, Activation, Precision, PrecisionPlan
 
 __all__ = [
@@ -99,6 +100,7 @@ class Quantized:
             return {
                 "name": entry.name,
                 "type": str(quantization),
+                "layout": None if quantization.layout is None else str(quantization.layout),
                 "scale": quantization.scale,
                 "zero_point": quantization.zero_point,
                 "minimum": entry.minimum,
@@ -215,7 +217,7 @@ class Calibration:
     observers
         Value name to what was seen.
     quantizations
-        For value name and bits, what the histogram suggests.
+        For value name and form of codes, what the histogram suggests.
     refinement
         What candidate scales do to the outputs of layers; None for ``minmax``.
     per_channel
@@ -227,7 +229,7 @@ class Calibration:
     model: Model
     placement: Placement
     observers: dict[str, Observer]
-    quantizations: dict[tuple[str, int], TensorQuantization]
+    quantizations: dict[tuple[str, Activation], TensorQuantization]
     refinement: Refinement | None
     per_channel: bool
     scan_inputs: Mapping[str, Activation]
@@ -235,7 +237,7 @@ class Calibration:
 
     def choose(
         self, precisions: Mapping[str, Precision]
-    ) -> tuple[dict[tuple[str, int], TensorQuantization], dict[str, LayerChoice]]:
+    ) -> tuple[dict[tuple[str, Activation], TensorQuantization], dict[str, LayerChoice]]:
         """Scales of all activations, and what was chosen for each layer, at some precisions."""
         if self.refinement is None:
             return self.quantizations, {}
@@ -312,13 +314,13 @@ def calibrate_model(
     prepare(model)
     options.rewrite(model, scans)
     placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS, scan_inputs=read)
-    wanted: dict[tuple[ir.Value, int], None] = {}
-    elementwise: set[tuple[str, int]] = set()
+    wanted: dict[tuple[ir.Value, Activation], None] = {}
+    elementwise: set[tuple[str, Activation]] = set()
     for number in range(max(len(entry) for entry in precisions.values())):
         layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
         plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
-        elementwise.update((str(v.name), bits) for v, bits in placement.wanted_elementwise(plan))
+        elementwise.update((str(v.name), form) for v, form in placement.wanted_elementwise(plan))
     ranges = _ranges(about.percentiles, uses, {value for value, _ in wanted}, model.source)
     observers, kept = calibrate(
         model,
@@ -330,19 +332,19 @@ def calibrate_model(
         progress=progress,
     )
     quantizations = {
-        (str(value.name), bits): choose_quantization(
+        (str(value.name), form): choose_activation(
             observers[str(value.name)],
-            bits,
+            form,
             method="percentile" if value in ranges else clip,
             percentile=ranges.get(value, options.percentile),
             asymmetric=asymmetric,
             symmetric=options.symmetric,
         )
-        for value, bits in wanted
+        for value, form in wanted
     }
-    elementwise.update((str(v.name), bits) for v, bits in wanted if v in ranges)
+    elementwise.update((str(v.name), form) for v, form in wanted if v in ranges)
     for new, old in placement.leaving.items():  # a state keeps its codes from step to step
-        pair = [(str(v.name), loop_bits) for v in (new, old) if v is not None]
+        pair = [(str(v.name), Activation(loop_bits)) for v in (new, old) if v is not None]
         if len(pair) == 2 and pair[1] in quantizations:
             both = Observer()
             both.update(np.array([quantizations[key].clip for key in pair], np.float32))
@@ -475,20 +477,20 @@ def quantize_model(
     placement = found.placement
     plan = replace(plan, scan_inputs=found.scan_inputs, percentiles=found.percentiles)
     quantizations, choices = found.choose(plan.layers)
-    chosen: dict[tuple[ir.Value, int], TensorSummary] = {}
-    for value, bits in placement.wanted(plan):
+    chosen: dict[tuple[ir.Value, Activation], TensorSummary] = {}
+    for value, form in placement.wanted(plan):
         observer, quantization = (
             found.observers[str(value.name)],
-            quantizations[str(value.name), bits],
+            quantizations[str(value.name), form],
         )
-        chosen[value, bits] = TensorSummary(
+        chosen[value, form] = TensorSummary(
             str(value.name),
             quantization,
             observer.minimum,
             observer.maximum,
             expected_sqnr_db(observer, quantization),
         )
-    emitter = Emitter(model.graph, placement, plan, chosen, choices, found.per_channel)
+    emitter = Emitter(model.ir, placement, plan, chosen, choices, found.per_channel)
     emitter.run()
     RemoveUnusedNodesPass()(model.ir)
     NameFixPass()(model.ir)
