@@ -325,7 +325,8 @@ def _legalize_soft_edge_encode(builder: Any, call: Any) -> Any:
 
     def compute(x: Any, step: Any) -> Any:
         def element(*indices: Any) -> Any:
-            return soft_edge.encoded(layout, x[indices], step[(0,) * len(step.shape)], 1)
+            finest = step[(0,) * len(step.shape)]
+            return soft_edge.encoded(layout, x[indices], finest, 1, lambda value: value)
 
         return te.compute(x.shape, element, name="soft_edge_encode")
 

@@ -20,6 +20,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from bitwright.passes import ops
 from bitwright.passes.expressions import (
     CallRewriter,
     as_block,
@@ -27,6 +28,7 @@ from bitwright.passes.expressions import (
     global_variable,
     operator,
     rewriting,
+    scalar,
     static_shape,
     with_span,
 )
@@ -55,6 +57,8 @@ class _Scheduling:
             return with_span(relax.call_tir(kernel, [data, packed], call.ty), call)
         if operator(call) in elementwise.FUNCTIONS:
             return self._function(call)
+        if operator(call) == ops.SOFT_EDGE_ENCODE:
+            return self._encoder(call)
         if operator(call) == "add":
             for data, bias in (call.args, call.args[::-1]):
                 found = self._with_bias(rewriter, call, data, bias)
@@ -90,6 +94,16 @@ class _Scheduling:
             self._add(key, primitive)
         return with_span(relax.call_tir(self.kernels[key], [call.args[0]], call.ty), call)
 
+    def _encoder(self, call: Any) -> Any:
+        shape, step = static_shape(call), scalar(call.args[1])
+        if shape is None or step is None:
+            return call
+        layout = ops.layout_of(call)
+        key = (layout, step, *shape)
+        if key not in self.kernels:
+            self._add(key, elementwise.encoder(layout, step, shape, "soft_edge_encode"))
+        return with_span(relax.call_tir(self.kernels[key], [call.args[0]], call.ty), call)
+
     def _kernel(self, leading: Sequence[Any], depth: Any, columns: Any, *, bias: bool) -> Any:
         key = (*leading, depth, columns, bias)
         if key not in self.kernels:
@@ -111,7 +125,8 @@ class ScheduleFloats:
     Requires: integer layers in functions of their own (LowerToInteger). Ensures: no ``R.matmul`` of
     the other functions has constant float32 weights with two axes; a constant vector that is added
     to the result is part of the kernel. ``R.exp``, ``R.sigmoid`` and the like of float32 are calls
-    of kernels. Sums are taken in another order, and last bits of functions differ.
+    of kernels, and so is ``bitwright.soft_edge_encode``. Sums are taken in another order, and last
+    bits of functions differ.
     """
 
     def transform_module(self, mod: Any, _context: Any) -> Any:
