@@ -14,7 +14,9 @@ from tvm.script import ir as I  # noqa: N812  # TVM's own names in scripts
 from tvm.script import relax as R  # noqa: N812
 from tvm.script import tirx as T  # noqa: N812
 
+from bitwright.passes import ops
 from bitwright.passes.propagate_quantization import PropagateQuantization
+from bitwright.soft_edge import QUAMBA_SE
 from tests.passes.modules import (
     assert_same,
     assert_same_results,
@@ -23,6 +25,7 @@ from tests.passes.modules import (
     operators,
     transform,
 )
+from tests.passes.soft_edge_layouts import ASYMMETRIC
 
 WEIGHTS = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
 
@@ -551,3 +554,68 @@ def test_names_of_nodes_survive() -> None:
     assert found["reshape"] == "flat"
     assert found["sigmoid"] == "y"
     assert found["dequantize"] == "positive"  # what it now stands behind
+
+
+def steps(codes: Any) -> Any:
+    return ops.soft_edge_decode(codes, layout=ASYMMETRIC)
+
+
+def fine(x: Any) -> Any:
+    return dequantize(x, 0.25, 0, "int16")
+
+
+def test_soft_edge_codes_travel_in_front_of_their_decoder() -> None:
+    zero = relax.const(np.int8(ASYMMETRIC.zero_point))
+    padding = float(ASYMMETRIC.zero_point)
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(q: R.Tensor((1, 4, 6), "int8"), p: R.Tensor((1, 4, 6), "int8")):
+            with R.dataflow():
+                both = R.concat((fine(steps(q)), fine(steps(p))), axis=1)
+                turned = R.permute_dims(R.nn.relu(both), axes=[0, 2, 1])
+                y = R.nn.pad(turned, pad_width=[0, 0, 1, 1, 0, 0])
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(q: R.Tensor((1, 4, 6), "int8"), p: R.Tensor((1, 4, 6), "int8")):
+            with R.dataflow():
+                both = R.maximum(R.concat((q, p), axis=1), zero)
+                turned = R.permute_dims(both, axes=[0, 2, 1])
+                y = fine(steps(R.nn.pad(turned, pad_width=[0, 0, 1, 1, 0, 0], pad_value=padding)))
+                R.output(y)
+            return y
+
+    assert_rewrites(Before, Expected)
+
+
+def test_soft_edge_encoders_go_in_front_of_moves() -> None:
+    step = relax.const(np.float32(0.25))
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((2, 3, 4, 4), "float32")):
+            with R.dataflow():
+                pooled = R.nn.max_pool2d(R.exp(x), pool_size=[2, 2], strides=[2, 2])
+                flat = R.reshape(pooled, R.shape([2, 12]))
+                y = ops.soft_edge_encode(flat, step, layout=QUAMBA_SE)
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((2, 3, 4, 4), "float32")):
+            with R.dataflow():
+                codes = ops.soft_edge_encode(R.exp(x), step, layout=QUAMBA_SE)
+                pooled = R.nn.max_pool2d(codes, pool_size=[2, 2], strides=[2, 2])
+                y = R.reshape(pooled, R.shape([2, 12]))
+                R.output(y)
+            return y
+
+    assert_rewrites(Before, Expected)
