@@ -92,8 +92,8 @@ def quantized_scans(model: onnx.ModelProto, feeds: Feeds) -> onnx.ModelProto:
         else:
             graph.insert_after(producer, [quantize, dequantize])
         for node in loops:
-            for index, entry in enumerate(node.inputs):
-                if entry is value:
+            for index, given in enumerate(node.inputs):
+                if given is value:
                     node.replace_input_with(index, dequantize.outputs[0])
     return ir.to_proto(loaded)
 

@@ -81,7 +81,10 @@ def selective_scan(
         read.append(make(builder, x, value.name) if value.name in names else x)
     scan.input[1:] = read
     builder.nodes.append(scan)
-    outputs = {scan.output[1]: ["time", channels], projected: ["time", 5]}
+    outputs: dict[str, list[str | int | None]] = {
+        scan.output[1]: ["time", channels],
+        projected: ["time", 5],
+    }
     model = made(builder, *outputs)
     for entry, shape in zip(model.graph.output, outputs.values(), strict=True):
         entry.CopyFrom(
