@@ -197,6 +197,11 @@ Percentile = Annotated[
 PerChannel = Annotated[
     bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
 ]
+_METRICS = (
+    "top1, top<K>, char-accuracy, last-word, choice, choice-norm, cloze4, perplexity, per, wer, "
+    "agreement, mse, sqnr, a plug-in, or package.module:name"
+)
+
 Asymmetric = Annotated[
     bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
 ]
@@ -333,9 +338,7 @@ def evaluate(
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
         str,
-        typer.Option(
-            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or package.module:name."
-        ),
+        typer.Option(help=f"{_METRICS}."),
     ] = "top1",
     engine: Annotated[
         Literal["onnxruntime", "reference"],
@@ -345,7 +348,7 @@ def evaluate(
         Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
     ] = "float",
     against: Annotated[
-        Path | None, _file_option(help="The float model that mse and sqnr compare with.")
+        Path | None, _file_option(help="The float model that mse, sqnr and agreement compare with.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 32,
     as_json: Json = False,
@@ -487,10 +490,7 @@ def run(
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
         str | None,
-        typer.Option(
-            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
-            "package.module:name \\[default: top1]."
-        ),
+        typer.Option(help=f"{_METRICS} \\[default: top1]."),
     ] = None,
     float_model: Annotated[
         Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
@@ -698,10 +698,7 @@ def link(
 
 MetricName = Annotated[
     str,
-    typer.Option(
-        help="What the error is: top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
-        "package.module:name."
-    ),
+    typer.Option(help=f"What the error is: {_METRICS}."),
 ]
 Precisions = Annotated[
     str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
