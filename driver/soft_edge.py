@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import UsageError
+from bitwright.vocabulary import Activation
 
 __all__ = ["QUAMBA_SE", "Piece", "Segment", "SoftEdge"]
 
@@ -138,6 +139,15 @@ class SoftEdge:
         return (self.code_max - self.code_min).bit_length()
 
     @property
+    def activation(self) -> Activation:
+        """The form as plans name it: ``a8se``, or the narrowest that has enough bits."""
+        if self.dtype == "int16" or self.bits > 8:
+            return Activation(8, "soft-edge")
+        if self.bits > 6:
+            return Activation(8, "soft-edge8")
+        return Activation(8, "soft-edge6") if self.bits > 4 else Activation(4, "soft-edge4")
+
+    @property
     def value_min(self) -> int:
         """What the smallest code stands for, in finest steps."""
         return -self.negative[-1].last
@@ -197,10 +207,12 @@ class SoftEdge:
         Returns
         -------
         numpy.ndarray
-            Codes of type ``dtype``, in the shape of ``values``.
+            Codes of type ``dtype``, in the shape of ``values``. That of NaN is the highest, as in
+            integers.
         """
-        steps = np.asarray(values, np.float32) / np.float32(step)
-        magnitude = np.abs(steps)
+        with np.errstate(over="ignore"):  # what is infinite then is cut
+            steps = np.asarray(values, np.float32) / np.float32(step)
+        magnitude = np.fmin(np.abs(steps), np.float32(np.inf))
         positive = self._index(magnitude, self.positive)
         negative = self._index(magnitude, self.negative)
         codes = np.where(steps < 0, self.zero_point - negative, self.zero_point + positive)

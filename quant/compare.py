@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from bitwright.errors import ModelError
 from bitwright.quant.float_ops import Array, make_session
-from bitwright.quant.graph import all_nodes, attribute, constant
+from bitwright.quant.graph import all_nodes, attribute, constant, is_quantizer
 from bitwright.quant.load import Model
 from bitwright.quant.reference import Reference
 from bitwright.quant.requantization import RequantizationForm
@@ -86,25 +86,29 @@ def compare_codes(
     dequantized = {
         str(node.outputs[0].name): use.node
         for node in all_nodes(model.graph)
-        if node.op_type == "QuantizeLinear"
+        if node.domain == "" and node.op_type == "QuantizeLinear"
         for use in node.outputs[0].uses()
         if use.node.op_type == "DequantizeLinear" and use.node.graph is node.graph
     }
-    if not dequantized:
+    encoded = {
+        str(node.outputs[0].name): node for node in all_nodes(model.graph) if _is_encoder(node)
+    }
+    if not dequantized and not encoded:
         raise ModelError(
             "has no quantized activations", where=model.source, fix="quantize it first"
         )
-    for node in dequantized.values():
+    for node in (*dequantized.values(), *encoded.values()):
         if any(value is not None and constant(value) is None for value in node.inputs[1:]):
             raise ModelError(
                 f"computes the scale or zero point of {node.name!r}: it has no codes to compare",
                 where=model.source,
                 fix="quantize it statically, with constant scales",
             )
-    wanted = list(dict.fromkeys(node.outputs[0] for node in dequantized.values()))
+    read = (*dequantized.values(), *encoded.values())
+    wanted = list(dict.fromkeys(node.outputs[0] for node in read))
     session = make_session(model.to_proto_with_outputs(wanted), optimize=False)
     reference = Reference(model, requantization)
-    totals = {codes: np.zeros(4, np.int64) for codes in dequantized}
+    totals = {codes: np.zeros(4, np.int64) for codes in (*dequantized, *encoded)}
     done = 0
     for batch in samples.batches(batch_size):
         results = dict(zip(wanted, session.run(None, batch.inputs), strict=True))
@@ -112,6 +116,8 @@ def compare_codes(
             codes: _codes(results[node.outputs[0]], node, in_loop=node.graph is not model.graph)
             for codes, node in dequantized.items()
         }
+        for codes, node in encoded.items():
+            theirs[codes] = results[node.outputs[0]].astype(np.int64)
         _, ours = reference.run(batch.inputs, given=theirs)
         _, alone = reference.run(batch.inputs)
         for codes, total in totals.items():
@@ -136,6 +142,10 @@ def compare_codes(
         for codes, region in reference.regions.items()
         if codes in totals
     ]
+
+
+def _is_encoder(node: ir.Node) -> bool:
+    return is_quantizer(node) and node.domain != ""
 
 
 def _differences(ours: Array | None, theirs: Array) -> Array:

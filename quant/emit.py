@@ -19,6 +19,9 @@ import onnx_ir as ir
 
 from bitwright.quant.float_ops import Array
 from bitwright.quant.graph import (
+    DECODE,
+    ENCODE,
+    SOFT_EDGE_DOMAIN,
     all_nodes,
     channel_axis,
     constant,
@@ -26,6 +29,7 @@ from bitwright.quant.graph import (
     graph_of,
     is_clamp,
     is_move,
+    is_quantizer,
     loop_body,
     weight_input,
 )
@@ -33,7 +37,13 @@ from bitwright.quant.observers import TensorQuantization, quantize_weights
 from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import add_initializer
 from bitwright.quant.refine import LayerChoice
-from bitwright.vocabulary import Precision, PrecisionPlan
+from bitwright.quant.soft_edge_nodes import (
+    decode_attributes,
+    encode_attributes,
+    soft_edge_functions,
+)
+from bitwright.soft_edge import SoftEdge
+from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
 __all__ = [
     "Emitter",
@@ -114,20 +124,21 @@ class Emitter:
 
     def __init__(
         self,
-        graph: ir.Graph,
+        model: ir.Model,
         placement: Placement,
         plan: PrecisionPlan,
-        chosen: dict[tuple[ir.Value, int], TensorSummary],
+        chosen: dict[tuple[ir.Value, Activation], TensorSummary],
         choices: Mapping[str, LayerChoice],
         per_channel: bool,
     ) -> None:
-        self._graph = graph
+        self._model = model
+        self._graph = model.graph
         self._placement = placement
         self._plan = plan
         self._chosen = chosen
         self._choices = choices
         self._per_channel = per_channel
-        self._current = graph  # or the body of a loop
+        self._current = model.graph  # or the body of a loop
         self._placed: dict[tuple[ir.Graph, ir.Value, TensorQuantization], ir.Value] = {}
         self._clones: dict[tuple[ir.Node, TensorQuantization], ir.Node] = {}
         self._integer: set[ir.Node] = set()
@@ -177,12 +188,11 @@ class Emitter:
             if value in self._placement.leaving:
                 assert body is not None
                 self._current = body
-                entry = self._chosen[value, self._plan.loop_bits]
+                entry = self._chosen[value, Activation(self._plan.loop_bits)]
                 body.outputs[number] = self._place(value, entry.quantization)
 
     def float_nodes(self) -> list[ir.Node]:
         """Nodes that neither run in integers nor only carry or clamp values between those."""
-        quantizers = ("QuantizeLinear", "DequantizeLinear")
         fixed = {graph_of(value) for value in self._placement.leaving}
         return [
             node
@@ -191,7 +201,8 @@ class Emitter:
             and loop_body(node) not in fixed
             and node not in self._placement.layers
             and node not in self._integer
-            and node.op_type not in quantizers
+            and not is_quantizer(node)
+            and node.op_type != "DequantizeLinear"
             and not self._on_integer_path(node)
             and any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
         ]
@@ -204,9 +215,7 @@ class Emitter:
             return producer is not None and (
                 producer.op_type == "DequantizeLinear" or self._on_integer_path(producer)
             )
-        return is_clamp(node) and any(
-            use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()
-        )
+        return is_clamp(node) and any(is_quantizer(use.node) for use in node.outputs[0].uses())
 
     def _tables_behind(self, value: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """Tables whose result is quantized for ``value``, in front of the moves before it."""
@@ -234,7 +243,7 @@ class Emitter:
     # -- activations ---------------------------------------------------------------------------
 
     def _elementwise(self, value: ir.Value, user: ir.Node) -> ir.Value:
-        entry = self._chosen[value, self._placement.elementwise_bits(user, self._plan)]
+        entry = self._chosen[value, self._placement.elementwise(user, self._plan)]
         self.elementwise[f"{entry.name} {entry.quantization}"] = entry
         return self._place(value, entry.quantization)
 
@@ -293,6 +302,8 @@ class Emitter:
         return clone
 
     def _quantizer(self, value: ir.Value, quantization: TensorQuantization) -> ir.Value:
+        if quantization.layout is not None:
+            return self._encoder(value, quantization, quantization.layout)
         label = f"{value.name}_{quantization}"
         scale = add_initializer(self._graph, f"{label}_scale", np.float32(quantization.scale))
         zero = np.array(quantization.zero_point, _code_dtype(quantization))
@@ -304,12 +315,56 @@ class Emitter:
         codes.name, codes.shape = f"{value.name}_codes", value.shape
         codes.type = ir.TensorType(ir.DataType.from_numpy(zero.dtype))
         dequantize = self._dequantize(codes, scale, zero_point, f"{value.name}_dequantized")
+        self._insert_behind(value, [quantize, dequantize])
+        return dequantize.outputs[0]
+
+    def _encoder(
+        self, value: ir.Value, quantization: TensorQuantization, layout: SoftEdge
+    ) -> ir.Value:
+        """Return ``value`` encoded by a layout, decoded and dequantized."""
+        self._add_functions()
+        label = f"{value.name}_{quantization}"
+        step = add_initializer(self._graph, f"{label}_step", np.float32(quantization.scale))
+        zero = add_initializer(self._graph, f"{label}_zero_point", np.array(0, np.int16))
+        encode = ir.node(
+            ENCODE,
+            [value, step],
+            encode_attributes(layout),
+            domain=SOFT_EDGE_DOMAIN,
+            name=f"{label}_{ENCODE}",
+        )
+        codes = encode.outputs[0]
+        decode = ir.node(
+            DECODE,
+            [codes],
+            decode_attributes(layout),
+            domain=SOFT_EDGE_DOMAIN,
+            name=f"{label}_{DECODE}",
+        )
+        steps = decode.outputs[0]
+        codes.name, steps.name = f"{label}_codes", f"{label}_steps"
+        codes.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(layout.dtype)))
+        steps.type = ir.TensorType(ir.DataType.INT16)
+        codes.shape = steps.shape = value.shape
+        dequantize = self._dequantize(steps, step, zero, f"{label}_dequantized")
+        self._insert_behind(value, [encode, decode, dequantize])
+        return dequantize.outputs[0]
+
+    def _insert_behind(self, value: ir.Value, nodes: list[ir.Node]) -> None:
         producer, graph = value.producer(), self._current
         if producer is None or producer.graph is not graph:
-            graph.insert_before(graph[0], [quantize, dequantize])
+            graph.insert_before(graph[0], nodes)
         else:
-            graph.insert_after(producer, [quantize, dequantize])
-        return dequantize.outputs[0]
+            graph.insert_after(producer, nodes)
+
+    def _add_functions(self) -> None:
+        """Have the model carry the functions that encode and decode."""
+        if SOFT_EDGE_DOMAIN in self._model.opset_imports:
+            return
+        self._model.opset_imports[SOFT_EDGE_DOMAIN] = 1
+        for proto in soft_edge_functions(self._model.opset_imports[""]):
+            function = ir.serde.deserialize_function(proto)
+            self._model.functions[function.identifier()] = function
 
     @staticmethod
     def _dequantize(
@@ -349,7 +404,7 @@ class Emitter:
         """A constant operand of integer arithmetic, at the elementwise bits, unclipped."""
         array = constant(value)
         assert array is not None
-        bits = self._placement.elementwise_bits(user, self._plan)
+        bits = self._placement.elementwise(user, self._plan).bits
         codes, scale = quantize_weights(array, bits, axis=None)
         return self._stored(user, f"{value.name}_codes", codes.astype(f"int{bits}"), scale)
 
@@ -366,7 +421,7 @@ class Emitter:
         name = str(node.name)
         precision = self._plan.layers[name]
         data = self._placement.layer_input(node)
-        entry = self._chosen[data, precision.activation_bits]
+        entry = self._chosen[data, precision.activation]
         source = LayerConstants.of(node, self._placement)
         weights = source.weights
         found = layer_codes(

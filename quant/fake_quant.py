@@ -42,7 +42,7 @@ from bitwright.quant.graph import attribute, clamp_bounds, data_inputs, is_move,
 from bitwright.quant.observers import TensorQuantization, quantize_weights
 from bitwright.quant.quantizer import Calibration
 from bitwright.quant.refine import LayerChoice, Refinement
-from bitwright.vocabulary import Precision, PrecisionPlan
+from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
 __all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model"]
 
@@ -118,7 +118,7 @@ class FakeQuantModel:
     outputs: tuple[str, ...]
     constants: Mapping[str, LayerConstants]
     data: Mapping[str, str]
-    quantizations: Mapping[tuple[str, int], TensorQuantization]
+    quantizations: Mapping[tuple[str, Activation], TensorQuantization]
     refinement: Refinement | None
     per_channel: bool
     notes: tuple[str, ...] = ()
@@ -155,16 +155,16 @@ def fake_quant_model(
     segments
         At most so many parts.
     """
-    graph, placement = found.model.graph, found.placement
+    placement = found.placement
     constants = {str(node.name): LayerConstants.of(node, placement) for node in placement.layers}
     data = {str(node.name): str(placement.layer_input(node).name) for node in placement.layers}
     chosen = {
-        (value, bits): TensorSummary(
-            str(value.name), found.quantizations[str(value.name), bits], 0.0, 0.0, 0.0
+        (value, form): TensorSummary(
+            str(value.name), found.quantizations[str(value.name), form], 0.0, 0.0, 0.0
         )
-        for value, bits in placement.wanted(plan)
+        for value, form in placement.wanted(plan)
     }
-    emitter = _SlotEmitter(graph, placement, plan, chosen, {}, found.per_channel)
+    emitter = _SlotEmitter(found.model.ir, placement, plan, chosen, {}, found.per_channel)
     emitter.run()
     RemoveUnusedNodesPass()(found.model.ir)
     NameFixPass()(found.model.ir)
@@ -634,12 +634,12 @@ class FakeQuant:
         """What the slots of layers that share a data input are fed."""
         model = self.model
         choices: dict[str, LayerChoice] = {}
-        refined: dict[tuple[str, int], TensorQuantization] = {}
+        refined: dict[tuple[str, Activation], TensorQuantization] = {}
         if model.refinement is not None:
             refined, choices = model.refinement.choose(precisions)
         result = {}
         for name, precision in precisions.items():
-            key = (model.data[name], precision.activation_bits)
+            key = (model.data[name], precision.activation)
             quantization = refined.get(key, model.quantizations[key])
             base = self._base_codes(name, precision.weight_bits, choices.get(name))
             choice = replace(choices.get(name, LayerChoice()))

@@ -9,15 +9,19 @@ else stays float.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from bitwright.quant.float_ops import Array
+from bitwright.soft_edge import SoftEdge
 
 __all__ = [
+    "DECODE",
+    "ENCODE",
     "ENDLESS",
+    "SOFT_EDGE_DOMAIN",
     "all_nodes",
     "attribute",
     "channel_axis",
@@ -30,7 +34,9 @@ __all__ = [
     "is_clamp",
     "is_elementwise",
     "is_move",
+    "is_quantizer",
     "layers_of",
+    "layout_of",
     "loop_body",
     "weight_input",
 ]
@@ -49,6 +55,11 @@ _BINARY = frozenset("Add Div Max Min Mul Pow PRelu Sub".split())
 ENDLESS = 2**31 - 1
 """What exporters write for the trip count of a loop without a bound, or more."""
 
+SOFT_EDGE_DOMAIN: Final = "bitwright"
+ENCODE: Final = "SoftEdgeEncode"
+DECODE: Final = "SoftEdgeDecode"
+"""The functions of :mod:`bitwright.quant.soft_edge_function`, which stay as they are."""
+
 _AVERAGES = frozenset("AveragePool GlobalAveragePool ReduceMean ReduceSum".split())
 
 
@@ -63,6 +74,20 @@ def constant(value: ir.Value | None) -> Array | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
+
+
+def layout_of(node: ir.Node | None, operator: str) -> SoftEdge | None:
+    """The layout of a node that is ``ENCODE`` or ``DECODE``; None for any other node."""
+    if node is None or node.domain != SOFT_EDGE_DOMAIN or node.op_type != operator:
+        return None
+    return SoftEdge.parse(str(attribute(node, "layout", "")))
+
+
+def is_quantizer(node: ir.Node) -> bool:
+    """Whether a node makes codes of float values."""
+    if node.domain == SOFT_EDGE_DOMAIN:
+        return node.op_type == ENCODE
+    return node.domain == "" and node.op_type == "QuantizeLinear"
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bitwright.quant.graph import (
+    DECODE,
     ENDLESS,
+    SOFT_EDGE_DOMAIN,
     all_nodes,
     attribute,
     channel_axis,
@@ -18,11 +20,12 @@ from bitwright.quant.graph import (
     is_elementwise,
     is_move,
     layers_of,
+    layout_of,
     loop_body,
     weight_input,
 )
 from bitwright.quant.load import Model
-from bitwright.vocabulary import Dim, Layer, Precision
+from bitwright.vocabulary import Activation, Dim, Layer, Precision
 
 __all__ = ["NotLayer", "find_layers", "layer_nodes", "quantized_precision"]
 
@@ -80,7 +83,7 @@ def quantized_precision(node: ir.Node) -> Precision | None:
     index = weight_input(node)
     if index is None:
         return None
-    bits = []
+    forms: list[Activation] = []
     for value in (node.inputs[index], node.inputs[1 - index]):
         producer = None if value is None else value.producer()
         # Moves between the quantizer and the layer leave the width as it is.
@@ -88,10 +91,14 @@ def quantized_precision(node: ir.Node) -> Precision | None:
             before = producer.inputs[0] if producer.inputs else None
             producer = None if before is None else before.producer()
         codes = None if producer is None else producer.inputs[0]
+        layout = None if codes is None else layout_of(codes.producer(), DECODE)
+        if layout is not None:
+            forms.append(layout.activation)
+            continue
         if codes is None or codes.dtype is None or codes.dtype.bitwidth not in (2, 4, 8, 16):
             return None
-        bits.append(codes.dtype.bitwidth)
-    return Precision(weight_bits=bits[0], activation_bits=bits[1])
+        forms.append(Activation(codes.dtype.bitwidth))
+    return Precision(forms[0].bits, forms[1].bits, forms[1].format)
 
 
 def _shape(value: ir.Value | None) -> tuple[Dim, ...]:
@@ -237,7 +244,7 @@ _NO_WORK = (_QUANTIZER, _NO_FLOATS, _CARRIES, _CUTS)
 
 def _role(node: ir.Node) -> str:
     """What an operator without weights becomes where it stands between layers."""
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.domain == SOFT_EDGE_DOMAIN:
         return _QUANTIZER
     if not node.outputs or node.outputs[0].dtype not in (ir.DataType.FLOAT, None):
         return _NO_FLOATS

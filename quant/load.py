@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -32,10 +32,20 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 
-from bitwright.errors import BitwrightError, ModelError, first_line
+from bitwright.errors import BitwrightError, ModelError, UsageError, first_line
 from bitwright.quant.float_ops import Array, FloatOperator
-from bitwright.quant.graph import all_nodes, constant, loop_body
+from bitwright.quant.graph import (
+    DECODE,
+    ENCODE,
+    SOFT_EDGE_DOMAIN,
+    all_nodes,
+    constant,
+    is_quantizer,
+    layout_of,
+    loop_body,
+)
 from bitwright.quant.recurrent import decompose
+from bitwright.quant.soft_edge_nodes import decode_attributes, encode_attributes
 from bitwright.vocabulary import Dim
 
 __all__ = ["MIN_OPSET", "Model", "ValueType", "convert_opset", "load"]
@@ -67,6 +77,9 @@ _MAX_RANK = 1024
 
 # Data propagation keeps every element of every vector, about 75 bytes each.
 _MAX_VECTOR_ELEMENTS = 1 << 20
+
+# Those of soft-edge codes; everything else is inlined.
+_KEPT_FUNCTIONS = ((SOFT_EDGE_DOMAIN, ENCODE), (SOFT_EDGE_DOMAIN, DECODE))
 
 # Inlining compares the names of all copies of a function; functions that call functions multiply.
 _MAX_CALLS = 2000
@@ -107,8 +120,8 @@ class Model:
     Attributes
     ----------
     ir
-        The model in ONNX IR: one main graph, no functions, every node named, operator set 21 or
-        later, shapes inferred.
+        The model in ONNX IR: one main graph, no functions but those of soft-edge codes, every node
+        named, operator set 21 or later, shapes inferred.
     source
         The file it came from, or a word for a model given in memory; for messages.
     structure_hash
@@ -147,9 +160,9 @@ class Model:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the model holds QuantizeLinear or DequantizeLinear."""
-        quantizers = ("QuantizeLinear", "DequantizeLinear")
-        return any(node.op_type in quantizers for node in all_nodes(self.graph))
+        """Whether the model holds quantizers or dequantizers."""
+        nodes = list(all_nodes(self.graph))
+        return any(is_quantizer(n) or n.op_type == "DequantizeLinear" for n in nodes)
 
     def to_proto(self) -> onnx.ModelProto:
         """Serialize to an ONNX protobuf, all tensors inside."""
@@ -170,7 +183,7 @@ class Model:
         for value in values:
             name = str(value.name)
             if value in loops:
-                name = _collect_steps(nodes[loops[value]], name, value.shape)
+                name = _collect_steps(nodes[loops[value]], value)
             proto.graph.output.append(onnx.ValueInfoProto(name=name))
         return proto
 
@@ -204,13 +217,15 @@ def _body_values(node: _Node) -> list[_Value]:
     return [*body.inputs, *(value for inner in body for value in inner.outputs)]
 
 
-def _collect_steps(node: onnx.NodeProto, name: str, shape: ir.Shape | None) -> str:
+def _collect_steps(node: onnx.NodeProto, value: ir.Value) -> str:
     """Make a value of a loop's body an output, one entry a step; return the output's name."""
+    name, shape = str(value.name), value.shape
     body = next(entry.g for entry in node.attribute if entry.name == "body")
     inner, outer = f"{name}/step", f"{name}/steps"
     body.node.append(onnx.helper.make_node("Identity", [name], [inner], name=inner))
     sizes = None if shape is None else [d if isinstance(d, int) else None for d in shape]
-    body.output.append(onnx.helper.make_tensor_value_info(inner, onnx.TensorProto.FLOAT, sizes))
+    dtype = ir.DataType.FLOAT if value.dtype is None else value.dtype
+    body.output.append(onnx.helper.make_tensor_value_info(inner, int(dtype), sizes))
     node.output.append(outer)
     for entry in node.attribute:
         if entry.name in ("scan_output_axes", "scan_output_directions"):
@@ -553,7 +568,8 @@ def _normalize(
     for function in model.functions.values():
         for node in function.all_nodes():  # else all copies would be called node_2, node_3, ...
             node.name = _Names().generate_node_name(node)
-    InlinePass()(model)
+    InlinePass(lambda function: function.identifier()[:2] not in _KEPT_FUNCTIONS)(model)
+    _check_layouts(model, where)
     _drop_initializer_inputs(model, notes)
     _name(model)
     structure_hash = _structure_hash(model)
@@ -859,8 +875,55 @@ def _fix_input_shapes(
     _infer_shapes(model, where)
 
 
+def _check_layouts(model: ir.Model, where: str) -> None:
+    """Refuse soft-edge codes whose layout is none, or says something else than their numbers."""
+    for graph in model.graphs():
+        for node in graph:
+            if (node.domain, node.op_type) not in _KEPT_FUNCTIONS:
+                continue
+            place = f"{where}, {node.op_type} {node.name!r}"
+            try:
+                layout = layout_of(node, node.op_type)
+            except UsageError as error:
+                raise ModelError(
+                    error.what, where=place, fix="quantize the float model again"
+                ) from None
+            assert layout is not None
+            numbers = encode_attributes if node.op_type == ENCODE else decode_attributes
+            for name, value in numbers(layout).items():
+                found = node.attributes.get(name)
+                given = None if found is None else found.value
+                given = list(given) if isinstance(given, Sequence) and name != "layout" else given
+                if given != value and not (name == "layout" and given == "quamba-se"):
+                    raise ModelError(
+                        f"its attribute {name} is {given!r}, and its layout means {value!r}",
+                        where=place,
+                        fix="quantize the float model again",
+                    )
+
+
+def _stand_ins(functions: Iterable[onnx.FunctionProto]) -> Iterator[onnx.FunctionProto]:
+    """Functions of soft-edge codes as shape inference understands them: as casts."""
+    for function in functions:
+        cast = onnx.helper.make_node("Cast", function.input[:1], function.output)
+        if function.name == ENCODE:
+            cast.attribute.add(
+                name="to", ref_attr_name="dtype", type=onnx.AttributeProto.AttributeType.INT
+            )
+        else:
+            cast.attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.INT16))
+        copy = onnx.FunctionProto()
+        copy.CopyFrom(function)
+        del copy.node[:], copy.value_info[:]
+        copy.node.append(cast)
+        yield copy
+
+
 def _infer_shapes(model: ir.Model, where: str) -> None:
     proto = _slim_proto(model, _large_initializers(model))
+    functions = list(_stand_ins(proto.functions))
+    proto.ClearField("functions")
+    proto.functions.extend(functions)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     except Exception as error:

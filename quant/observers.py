@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import UsageError
+from bitwright.soft_edge import SoftEdge
 
 __all__ = [
     "ClipMethod",
@@ -44,31 +45,46 @@ _CANDIDATES = np.arange(1, 101) / 100.0  # clip thresholds relative to the large
 class TensorQuantization:
     """How a tensor is quantized: ``code = saturate(rint(value / scale) + zero_point)``.
 
+    With a soft-edge layout the codes meant here are those behind its decoder: whole finest steps in
+    int16, with zero point 0, which is what layers compute with.
+
     Attributes
     ----------
     scale
-        Step between neighbouring codes, a float32 number.
+        Step between neighbouring codes, a float32 number; of a layout its finest step.
     zero_point
         The code of 0.0.
     bits
-        2, 4, 8 or 16.
+        2, 4, 8 or 16; 16 with a layout.
     signed
         Whether codes are two's complement.
+    layout
+        How values are encoded, if not with one step for all.
     """
 
     scale: float
     zero_point: int
     bits: int
     signed: bool
+    layout: SoftEdge | None = None
+
+    @classmethod
+    def soft_edge(cls, layout: SoftEdge, step: float) -> TensorQuantization:
+        """Describe values encoded by a layout with a finest step."""
+        return cls(step, 0, 16, signed=True, layout=layout)
 
     @property
     def code_min(self) -> int:
         """Smallest code."""
+        if self.layout is not None:
+            return self.layout.value_min
         return -(1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def code_max(self) -> int:
         """Largest code."""
+        if self.layout is not None:
+            return self.layout.value_max
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
@@ -80,6 +96,8 @@ class TensorQuantization:
         )
 
     def __str__(self) -> str:
+        if self.layout is not None:
+            return self.layout.activation.format
         return f"{'int' if self.signed else 'uint'}{self.bits}"
 
 
@@ -193,8 +211,11 @@ def squared_error(
     zero_points: npt.NDArray[np.float64],
     code_min: int,
     code_max: int,
+    layout: SoftEdge | None = None,
 ) -> npt.NDArray[np.float64]:
     """Expected sum of squared quantization errors of the histogram, one a candidate."""
+    if layout is not None:
+        return np.array([_layout_error(observer, layout, float(scale)) for scale in scales])
     used = np.flatnonzero(observer.counts)
     centers, counts = observer.centers()[used], observer.counts[used].astype(np.float64)
     errors = np.empty(len(scales))
@@ -212,6 +233,24 @@ def squared_error(
     return errors
 
 
+def _layout_error(observer: Observer, layout: SoftEdge, step: float) -> float:
+    """As :func:`squared_error` of one candidate."""
+    used = np.flatnonzero(observer.counts)
+    centers, counts = observer.centers()[used], observer.counts[used].astype(np.float64)
+    codes = layout.encode(centers.astype(np.float32), step).astype(np.int64)
+    error = layout.decode(codes) * step - centers
+    squares = error * error
+    strides = np.zeros(len(codes))
+    for first, shift, _ in layout.pieces():
+        strides[codes >= first] = step * (1 << shift)
+    inside = (centers >= layout.value_min * step - strides / 2.0) & (
+        centers <= layout.value_max * step + strides / 2.0
+    )
+    fine = inside & (strides < observer.bin_width)
+    squares[fine] = strides[fine] * strides[fine] / 12.0
+    return float(squares @ counts)
+
+
 def expected_sqnr_db(observer: Observer, quantization: TensorQuantization) -> float:
     """Signal to quantization noise ratio of the calibrated values in dB, from the histogram."""
     error = squared_error(
@@ -220,6 +259,7 @@ def expected_sqnr_db(observer: Observer, quantization: TensorQuantization) -> fl
         np.array([float(quantization.zero_point)]),
         quantization.code_min,
         quantization.code_max,
+        quantization.layout,
     )[0]
     signal = float((observer.centers() ** 2) @ observer.counts)
     if error <= 0.0:

@@ -31,7 +31,7 @@ from bitwright.quant.graph import (
     loop_body,
     weight_input,
 )
-from bitwright.vocabulary import PrecisionPlan
+from bitwright.vocabulary import Activation, PrecisionPlan
 
 __all__ = ["Placement"]
 
@@ -208,29 +208,29 @@ class Placement:
             and (node.graph is self.graph or all(v.shape is not None for v in self.operands(node)))
         )
 
-    def elementwise_bits(self, node: ir.Node, plan: PrecisionPlan) -> int:
-        """Bits of what an operator without weights reads, if it computes in integers."""
-        return plan.elementwise_bits if node.graph is self.graph else plan.loop_bits
+    def elementwise(self, node: ir.Node, plan: PrecisionPlan) -> Activation:
+        """Form of what an operator without weights reads, if it computes in integers."""
+        return Activation(plan.elementwise_bits if node.graph is self.graph else plan.loop_bits)
 
-    def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, int]]:
-        """Tensors to quantize, with their bits."""
+    def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, Activation]]:
+        """Tensors to quantize, with the form of their codes."""
         layers = {
-            (self.layer_input(node), plan.layers[str(node.name)].activation_bits): None
+            (self.layer_input(node), plan.layers[str(node.name)].activation): None
             for node in self.layers
         }
         return list({**layers, **self.wanted_elementwise(plan)})
 
-    def wanted_elementwise(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, int], None]:
+    def wanted_elementwise(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, Activation], None]:
         """Those that operators without weights read, or that leave a loop in fixed point."""
-        found: dict[tuple[ir.Value, int], None] = {}
+        found: dict[tuple[ir.Value, Activation], None] = {}
         targets = [self.layer_input(node) for node in self.layers]
         for node in all_nodes(self.graph):
             if node not in self.layers and self.is_integer_arithmetic(node):
                 for value in self.operands(node):
-                    found[value, self.elementwise_bits(node, plan)] = None
+                    found[value, self.elementwise(node, plan)] = None
                     targets.append(value)
         for value in self.leaving:
-            found[value, plan.loop_bits] = None
+            found[value, Activation(plan.loop_bits)] = None
             targets.append(value)
         # Quantizers move in front of operators that only carry values; tables may lie behind those.
         seen: set[ir.Value] = set()
@@ -243,7 +243,7 @@ class Placement:
             producer = value.producer()
             if root is not None:
                 assert producer is not None
-                found[root, self.elementwise_bits(producer, plan)] = None
+                found[root, self.elementwise(producer, plan)] = None
                 targets.append(root)
                 continue
             if producer is not None and (self.is_hoistable(producer) or is_clamp(producer)):

@@ -33,7 +33,8 @@ from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import prepare
 from bitwright.quant.refine import LayerChoice, Refinement, measure_errors
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.vocabulary import FLOAT_BITS, Precision, PrecisionPlan
+from bitwright.quant.soft_edge import choose_activation
+from bitwright.vocabulary import FLOAT_BITS, Activation, Precision, PrecisionPlan
 
 __all__ = [
     "Calibration",
@@ -93,6 +94,7 @@ class Quantized:
             return {
                 "name": entry.name,
                 "type": str(quantization),
+                "layout": None if quantization.layout is None else str(quantization.layout),
                 "scale": quantization.scale,
                 "zero_point": quantization.zero_point,
                 "minimum": entry.minimum,
@@ -178,7 +180,7 @@ class Calibration:
     observers
         Value name to what was seen.
     quantizations
-        For value name and bits, what the histogram suggests.
+        For value name and form of codes, what the histogram suggests.
     refinement
         What candidate scales do to the outputs of layers; None for ``minmax``.
     per_channel
@@ -188,13 +190,13 @@ class Calibration:
     model: Model
     placement: Placement
     observers: dict[str, Observer]
-    quantizations: dict[tuple[str, int], TensorQuantization]
+    quantizations: dict[tuple[str, Activation], TensorQuantization]
     refinement: Refinement | None
     per_channel: bool
 
     def choose(
         self, precisions: Mapping[str, Precision]
-    ) -> tuple[dict[tuple[str, int], TensorQuantization], dict[str, LayerChoice]]:
+    ) -> tuple[dict[tuple[str, Activation], TensorQuantization], dict[str, LayerChoice]]:
         """Scales of all activations, and what was chosen for each layer, at some precisions."""
         if self.refinement is None:
             return self.quantizations, {}
@@ -252,13 +254,13 @@ def calibrate_model(
     choose_quantization(probe, 8, method=clip, percentile=percentile)  # refuse bad options early
     prepare(model)
     placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS)
-    wanted: dict[tuple[ir.Value, int], None] = {}
-    elementwise: set[tuple[str, int]] = set()
+    wanted: dict[tuple[ir.Value, Activation], None] = {}
+    elementwise: set[tuple[str, Activation]] = set()
     for number in range(max(len(entry) for entry in precisions.values())):
         layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
         plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
-        elementwise.update((str(v.name), bits) for v, bits in placement.wanted_elementwise(plan))
+        elementwise.update((str(v.name), form) for v, form in placement.wanted_elementwise(plan))
     observers, kept = calibrate(
         model,
         [value for value, _ in wanted],
@@ -268,17 +270,17 @@ def calibrate_model(
         progress=progress,
     )
     quantizations = {
-        (str(value.name), bits): choose_quantization(
+        (str(value.name), form): choose_activation(
             observers[str(value.name)],
-            bits,
+            form,
             method=clip,
             percentile=percentile,
             asymmetric=asymmetric,
         )
-        for value, bits in wanted
+        for value, form in wanted
     }
     for new, old in placement.leaving.items():  # a state keeps its codes from step to step
-        pair = [(str(v.name), loop_bits) for v in (new, old) if v is not None]
+        pair = [(str(v.name), Activation(loop_bits)) for v in (new, old) if v is not None]
         if len(pair) == 2 and pair[1] in quantizations:
             both = Observer()
             both.update(np.array([quantizations[key].clip for key in pair], np.float32))
@@ -357,20 +359,20 @@ def quantize_model(
     )
     placement = found.placement
     quantizations, choices = found.choose(plan.layers)
-    chosen: dict[tuple[ir.Value, int], TensorSummary] = {}
-    for value, bits in placement.wanted(plan):
+    chosen: dict[tuple[ir.Value, Activation], TensorSummary] = {}
+    for value, form in placement.wanted(plan):
         observer, quantization = (
             found.observers[str(value.name)],
-            quantizations[str(value.name), bits],
+            quantizations[str(value.name), form],
         )
-        chosen[value, bits] = TensorSummary(
+        chosen[value, form] = TensorSummary(
             str(value.name),
             quantization,
             observer.minimum,
             observer.maximum,
             expected_sqnr_db(observer, quantization),
         )
-    emitter = Emitter(model.graph, placement, plan, chosen, choices, per_channel)
+    emitter = Emitter(model.ir, placement, plan, chosen, choices, per_channel)
     emitter.run()
     RemoveUnusedNodesPass()(model.ir)
     NameFixPass()(model.ir)

@@ -22,12 +22,16 @@ import onnx_ir as ir
 from bitwright.errors import BitwrightError, RunError
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values
 from bitwright.quant.graph import (
+    DECODE,
+    ENCODE,
     attribute,
     clamp_bounds,
     constant,
     data_inputs,
     elementwise_roots,
     is_move,
+    is_quantizer,
+    layout_of,
     loop_body,
 )
 from bitwright.quant.load import Model
@@ -42,6 +46,7 @@ from bitwright.quant.requantization import (
     sum_multipliers,
 )
 from bitwright.quant.tables import function_table
+from bitwright.soft_edge import SoftEdge
 
 __all__ = ["Operand", "Operands", "Reference", "Region", "padding_of"]
 
@@ -299,7 +304,7 @@ class Reference:
                 ) from error
             for value, result in zip(node.outputs, results, strict=False):
                 values[value] = result
-                if node.op_type == "QuantizeLinear" and isinstance(result, np.ndarray):
+                if is_quantizer(node) and isinstance(result, np.ndarray):
                     computed[str(value.name)] = result
                     values[value] = np.asarray(given.get(str(value.name), result))
             for value in last_uses.get(position, ()):
@@ -330,7 +335,7 @@ class Reference:
         loop = _ScanSteps(node, arrays) if node.op_type == "Scan" else _LoopSteps(arrays)
         # Those of loops further inside may be of different numbers from step to step.
         codes: dict[str, list[IntArray]] = {
-            str(inner.outputs[0].name): [] for inner in body if inner.op_type == "QuantizeLinear"
+            str(inner.outputs[0].name): [] for inner in body if is_quantizer(inner)
         }
         while (entering := loop.next()) is not None:
             inner = {**outer, **dict(zip(body.inputs, entering, strict=True))}
@@ -348,7 +353,12 @@ class Reference:
             return [self._quantize(node, values)]
         if node.domain == "" and node.op_type == "DequantizeLinear":
             return [self._dequantize(node, values)]
+        if (layout := layout_of(node, ENCODE)) is not None:
+            return [self._encode(node, layout, values)]
         operands = [self._operand(value, values) for value in node.inputs]
+        if (layout := layout_of(node, DECODE)) is not None:
+            assert isinstance(operands[0], np.ndarray)
+            return [layout.decode(operands[0])]
         if node.domain == "":
             root = self._roots.get(node.outputs[0])
             source = None if root is None else values.get(root)
@@ -494,6 +504,29 @@ class Reference:
         )
         return result
 
+    def _encode(
+        self, node: ir.Node, layout: SoftEdge, values: Mapping[ir.Value, _Value]
+    ) -> IntArray:
+        """Encode values; accumulators become floats first, functions their tables."""
+        source_value, step_value = node.inputs
+        assert source_value is not None
+        assert step_value is not None
+        carried = self._operand(source_value, values)
+        source = carried.source if isinstance(carried, _Moved) else carried
+        name, kind, accumulator, bits = str(node.name), "quantize", 0, 0
+        step = np.asarray(self._array(step_value, values), np.float32)
+        if isinstance(source, _Accumulator):
+            name, kind = source.origin, source.kind
+            accumulator, bits = accumulator_bits(source.bound), source.operand_bits
+        elif isinstance(source, _Function):
+            producer = source.value.producer()
+            name, kind, bits = str(producer.name if producer else name), "table", source.root.bits
+        codes = layout.encode(self._array(source_value, values), step.item()).astype(np.int64)
+        output = str(node.outputs[0].name)
+        width = np.dtype(layout.dtype).itemsize * 8
+        self.regions[output] = Region(name, kind, output, accumulator, max(bits, width))
+        return codes
+
     def _dequantize(self, node: ir.Node, values: Mapping[ir.Value, _Value]) -> _Value:
         if node in self._weights:
             return self._weights[node]
@@ -519,6 +552,9 @@ class Reference:
             scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         # Some tools leave the weights in float, in front of a quantizer.
         producer = value.producer()
+        layout = layout_of(producer, DECODE)
+        if layout is not None and quantization is not None and quantization.zero_point == 0:
+            quantization = TensorQuantization.soft_edge(layout, scale.item())
         sources = [value] if producer is None else producer.inputs
         stored = all(constant(entry) is not None for entry in sources if entry is not None)
         signed = str(value.dtype).startswith("INT")
@@ -649,7 +685,7 @@ class Reference:
 def _has_quantizers(node: ir.Node) -> bool:
     """Whether a node is a loop with quantizers in its body; others run in onnxruntime."""
     return any(
-        inner.op_type in ("QuantizeLinear", "DequantizeLinear") or _has_quantizers(inner)
+        is_quantizer(inner) or inner.op_type == "DequantizeLinear" or _has_quantizers(inner)
         for inner in loop_body(node) or ()
     )
 

@@ -10,6 +10,9 @@ calibration samples every layer is run on its float input with candidate scales,
 2. that mean error, which any rounding of weights and activations leaves, is taken off the bias.
    A layer without a bias that could be shifted has its mean error counted like the rest.
 
+Soft-edge layouts, whose segments fit the histogram, keep the step that goes with them; what they
+leave in the mean is taken off the bias too.
+
 The few samples do not overrule all the others: a scale that the histogram of the whole calibration
 finds far worse than its best is no candidate.
 
@@ -43,7 +46,7 @@ from bitwright.quant.observers import (
     squared_error,
 )
 from bitwright.quant.samples import Batch, ProgressCallback
-from bitwright.vocabulary import Precision
+from bitwright.vocabulary import Activation, Precision
 
 __all__ = ["LayerChoice", "Refinement", "measure_errors"]
 
@@ -55,7 +58,7 @@ _WEIGHT_PARTS = {2: (0.25, 1.0), 4: (0.4, 1.0), 8: (0.6, 1.0)}
 _WEIGHT_STEPS = 6
 
 
-_Key: TypeAlias = tuple[str, int]  # name of a value, bits
+_Key: TypeAlias = tuple[str, Activation]  # name of a value, form of its codes
 _Candidate: TypeAlias = tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]
 
 
@@ -251,6 +254,7 @@ def _plausible(
         np.full(len(scales), float(quantization.zero_point)),
         quantization.code_min,
         quantization.code_max,
+        quantization.layout,
     )
     limit = _HISTOGRAM_TOLERANCE * errors.min()
     return [scale for scale, error in zip(scales, errors, strict=True) if error <= limit]
@@ -260,6 +264,8 @@ def _scale_candidates(
     observer: Observer, quantization: TensorQuantization, *, several: bool
 ) -> list[float]:
     scale = quantization.scale
+    if quantization.layout is not None:
+        return [scale]
     limit = max(_largest_scale(observer, quantization), scale)
     parts = _ACTIVATION_PARTS if several else (1.0,)
     scales = sorted({float(np.float32(min(scale * part, limit))) for part in parts})
@@ -307,7 +313,7 @@ class Refinement:
 
     def choose(
         self, precisions: Mapping[str, Precision]
-    ) -> tuple[dict[tuple[str, int], TensorQuantization], dict[str, LayerChoice]]:
+    ) -> tuple[dict[tuple[str, Activation], TensorQuantization], dict[str, LayerChoice]]:
         """Choose for some layers, among them all or none of those that share a data input.
 
         Returns
@@ -319,7 +325,7 @@ class Refinement:
         """
         sharing: dict[_Key, list[str]] = {}
         for name, precision in precisions.items():
-            key = (self._layers[name], precision.activation_bits)
+            key = (self._layers[name], precision.activation)
             sharing.setdefault(key, []).append(name)
         chosen: dict[_Key, TensorQuantization] = {}
         for key, names in sharing.items():
@@ -331,7 +337,7 @@ class Refinement:
                 chosen[key] = replace(self._quantizations[key], scale=scale)
         choices = {
             name: self._choose_layer(
-                name, precision, chosen.get((self._layers[name], precision.activation_bits))
+                name, precision, chosen.get((self._layers[name], precision.activation))
             )
             for name, precision in precisions.items()
         }
@@ -343,7 +349,7 @@ class Refinement:
         choice = LayerChoice()
         shift: Array = np.zeros(())
         if activation is not None:
-            key = (self._layers[name], precision.activation_bits)
+            key = (self._layers[name], precision.activation)
             error = self._activations[key][activation.scale][name]
             if error.samples:
                 shift = shift - _reliable(error.mean, error.mean_variance, error.samples)
@@ -361,7 +367,7 @@ class Refinement:
         Mean squared error left by rounding weights and activations, each by itself, over the mean
         square of the float output. 16 bits count as exact.
         """
-        key = (self._layers[name], precision.activation_bits)
+        key = (self._layers[name], precision.activation)
         sums = [_total([errors[name]]) for errors in self._activations.get(key, {}).values()]
         noise = min(sums, default=0.0)
         weights = self._weights.get((name, precision.weight_bits))
@@ -383,13 +389,13 @@ class _Weights:
 def measure_errors(
     model: Model,
     layers: Mapping[ir.Node, bool],
-    quantizations: Mapping[tuple[str, int], TensorQuantization],
+    quantizations: Mapping[tuple[str, Activation], TensorQuantization],
     observers: Mapping[str, Observer],
     precisions: Mapping[str, Sequence[Precision]],
     kept: Sequence[Batch],
     *,
     per_channel: bool,
-    fixed: Collection[tuple[str, int]],
+    fixed: Collection[tuple[str, Activation]],
     progress: ProgressCallback | None = None,
 ) -> Refinement:
     """Measure on recorded samples what candidate scales do to the output of each layer.
@@ -401,7 +407,7 @@ def measure_errors(
     layers
         Its layers, and whether each has a bias that can be shifted.
     quantizations
-        For the name of each data input of a layer and its bits, what the histogram suggests.
+        For the name of each data input of a layer and its form, what the histogram suggests.
     observers
         Value name to observer.
     precisions
@@ -411,7 +417,7 @@ def measure_errors(
     per_channel
         Whether output channels have weight scales of their own.
     fixed
-        Activations, by name and bits, whose scales stay as they are.
+        Activations, by name and form, whose scales stay as they are.
     progress
         Called with the samples done and in total.
     """
@@ -423,8 +429,9 @@ def measure_errors(
     power: dict[str, list[float]] = {name: [] for name in names.values()}
     for probe in probes:
         name, data = names[probe], str(probe.data.name)
-        for bits in sorted({entry.activation_bits for entry in precisions[name]} - {16}):
-            key = (data, bits)
+        forms = dict.fromkeys(entry.activation for entry in precisions[name])
+        for form in (form for form in forms if form.bits < 16):
+            key = (data, form)
             if key not in found._activations:
                 scales = _scale_candidates(
                     observers[data], quantizations[key], several=key not in fixed
@@ -441,10 +448,16 @@ def measure_errors(
     def measure(probe: _Probe, x: Array, y: Array) -> None:
         name = names[probe]
         power[name].append(float(np.square(y, dtype=np.float64).sum()) / y.size)
-        for (value, bits), candidates in found._activations.items():
+        for (value, form), candidates in found._activations.items():
             if value != probe.data.name or name not in next(iter(candidates.values())):
                 continue
-            quantization = quantizations[value, bits]
+            quantization = quantizations[value, form]
+            layout = quantization.layout
+            if layout is not None:
+                for scale, errors in candidates.items():
+                    rounded = layout.decode(layout.encode(x, scale)) * np.float32(scale)
+                    errors[name].add(*probe.run(rounded, y, {"w": probe.weights}))
+                continue
             low = np.array(quantization.code_min - quantization.zero_point, np.float32)
             high = np.array(quantization.code_max - quantization.zero_point, np.float32)
             for scale, errors in candidates.items():

@@ -703,6 +703,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("random")
 
 
+def random_precision(generator: np.random.Generator) -> Precision:
+    weights, activations = generator.choice(BITS, 2)
+    return Precision(int(weights), int(activations))
+
+
 def check_random_network(scratch: Path, seed: int) -> tuple[int, int]:
     """Quantize a random network at a random plan; return codes compared and codes that differ."""
     generator = np.random.default_rng(seed)
@@ -712,7 +717,7 @@ def check_random_network(scratch: Path, seed: int) -> tuple[int, int]:
     operators = ("Conv", "Gemm", "MatMul")
     assert layers == [node.name for node in source.graph.node if node.op_type in operators]
     plan = PrecisionPlan(
-        {name: Precision(*(int(bits) for bits in generator.choice(BITS, 2))) for name in layers},
+        {name: random_precision(generator) for name in layers},
         elementwise_bits=int(generator.choice([8, 16])),
     )
     emitted = emit(

@@ -29,9 +29,10 @@ def test_totals_are_the_costs_of_plans() -> None:
     assert table.values.shape == (4, 16, len(QUANTITIES))
     generator = np.random.default_rng(0)
     for _ in range(20):
+        draws = generator.choice([2, 4, 8, 16], size=(len(LAYERS), 2))
         plan = {
-            layer.name: Precision(*map(int, generator.choice([2, 4, 8, 16], size=2)))
-            for layer in LAYERS
+            layer.name: Precision(int(weights), int(activations))
+            for layer, (weights, activations) in zip(LAYERS, draws, strict=True)
         }
         cost = EYERISS.model_cost(LAYERS, plan)
         totals = dict(zip(QUANTITIES, table.totals(table.choice(plan)), strict=True))
