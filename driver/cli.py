@@ -190,12 +190,30 @@ PlanFile = Annotated[
         metavar="PLAN", help="A precision plan instead: a file (JSON), or DIR#3 of a study."
     ),
 ]
-Clip = Annotated[Literal["mmse", "percentile", "minmax"], typer.Option(help="How ranges are cut.")]
+Recipe = Annotated[
+    Literal["default", "naive", "quamba"],
+    typer.Option(help="Options in one word; quamba is for Mamba. Those that are given win."),
+]
+Clip = Annotated[
+    Literal["mmse", "percentile", "minmax"] | None,
+    typer.Option(help="How ranges are cut \\[default: mmse, or as the recipe says]."),
+]
 Percentile = Annotated[
-    float, typer.Option(help="Share of values, in percent, that --clip percentile keeps.")
+    float | None,
+    typer.Option(
+        help="Share of values, in percent, that --clip percentile keeps \\[default: 99.99], and "
+        "--recipe quamba of what scans take as x \\[default: 99.999]."
+    ),
 ]
 PerChannel = Annotated[
-    bool, typer.Option(help="One weight scale an output channel, or one a tensor.")
+    bool | None,
+    typer.Option(
+        help="One weight scale an output channel \\[default], or one a tensor \\[default of naive "
+        "and quamba]."
+    ),
+]
+Rotation = Annotated[
+    bool, typer.Option(help="Whether --recipe quamba rotates the outputs of selective scans.")
 ]
 _METRICS = (
     "top1, top<K>, char-accuracy, last-word, choice, choice-norm, cloze4, perplexity, per, wer, "
@@ -295,10 +313,12 @@ def quantize(
     precision: PrecisionOfAll = None,
     plan: PlanFile = None,
     overwrite: Overwrite = False,
-    clip: Clip = "mmse",
-    percentile: Percentile = 99.99,
-    per_channel: PerChannel = True,
+    recipe: Recipe = "default",
+    clip: Clip = None,
+    percentile: Percentile = None,
+    per_channel: PerChannel = None,
     asymmetric: Asymmetric = False,
+    rotation: Rotation = True,
     elementwise_bits: ElementwiseBits = None,
     loop_bits: LoopBits = None,
     batch_size: CalibrationBatch = None,
@@ -315,10 +335,12 @@ def quantize(
             plan=plan,
             output=output,
             overwrite=overwrite,
+            recipe=recipe,
             clip=clip,
             percentile=percentile,
             per_channel=per_channel,
             asymmetric=asymmetric,
+            rotation=rotation,
             elementwise_bits=elementwise_bits,
             loop_bits=loop_bits,
             batch_size=batch_size,
@@ -442,10 +464,12 @@ def compile_(
     dump_ir: Annotated[
         Path | None, _file_option(help="Folder for the module after each pass, as text.")
     ] = None,
-    clip: Clip = "mmse",
-    percentile: Percentile = 99.99,
-    per_channel: PerChannel = True,
+    recipe: Recipe = "default",
+    clip: Clip = None,
+    percentile: Percentile = None,
+    per_channel: PerChannel = None,
     asymmetric: Asymmetric = False,
+    rotation: Rotation = True,
     elementwise_bits: ElementwiseBits = None,
     loop_bits: LoopBits = None,
     batch_size: CalibrationBatch = None,
@@ -467,10 +491,12 @@ def compile_(
             overwrite=overwrite,
             keep_qdq=keep_qdq,
             dump_ir=dump_ir,
+            recipe=recipe,
             clip=clip,
             percentile=percentile,
             per_channel=per_channel,
             asymmetric=asymmetric,
+            rotation=rotation,
             elementwise_bits=elementwise_bits,
             loop_bits=loop_bits,
             batch_size=batch_size,
@@ -645,10 +671,12 @@ def link(
         Path | None,
         _file_option(help="Samples (.npz) to quantize a float model with, and to make maps from."),
     ] = None,
-    clip: Clip = "mmse",
-    percentile: Percentile = 99.99,
-    per_channel: PerChannel = True,
+    recipe: Recipe = "default",
+    clip: Clip = None,
+    percentile: Percentile = None,
+    per_channel: PerChannel = None,
     asymmetric: Asymmetric = False,
+    rotation: Rotation = True,
     elementwise_bits: ElementwiseBits = None,
     loop_bits: LoopBits = None,
     batch_size: CalibrationBatch = None,
@@ -673,10 +701,12 @@ def link(
             precision=precision,
             plan=plan,
             calibration=calibration,
+            recipe=recipe,
             clip=clip,
             percentile=percentile,
             per_channel=per_channel,
             asymmetric=asymmetric,
+            rotation=rotation,
             elementwise_bits=elementwise_bits,
             loop_bits=loop_bits,
             batch_size=batch_size,
@@ -836,10 +866,12 @@ def search(
     scheduler: Scheduler = None,
     vector_values: VectorValues = 0,
     input_shape: InputShape = None,
-    clip: Clip = "mmse",
-    percentile: Percentile = 99.99,
-    per_channel: PerChannel = True,
+    recipe: Recipe = "default",
+    clip: Clip = None,
+    percentile: Percentile = None,
+    per_channel: PerChannel = None,
     asymmetric: Asymmetric = False,
+    rotation: Rotation = True,
     elementwise_bits: ChosenElementwiseBits = 16,
     loop_bits: ChosenLoopBits = 32,
     batch_size: CalibrationBatch = None,
@@ -886,10 +918,12 @@ def search(
             scheduler=scheduler,
             vector_values=vector_values,
             input_shapes=_input_shapes(input_shape or []),
+            recipe=recipe,
             clip=clip,
             percentile=percentile,
             per_channel=per_channel,
             asymmetric=asymmetric,
+            rotation=rotation,
             elementwise_bits=elementwise_bits,
             loop_bits=loop_bits,
             batch_size=batch_size,
@@ -958,10 +992,12 @@ def sensitivity(
     samples: UsedSamples = None,
     vector_values: VectorValues = 0,
     input_shape: InputShape = None,
-    clip: Clip = "mmse",
-    percentile: Percentile = 99.99,
-    per_channel: PerChannel = True,
+    recipe: Recipe = "default",
+    clip: Clip = None,
+    percentile: Percentile = None,
+    per_channel: PerChannel = None,
     asymmetric: Asymmetric = False,
+    rotation: Rotation = True,
     elementwise_bits: ChosenElementwiseBits = 16,
     loop_bits: ChosenLoopBits = 32,
     batch_size: CalibrationBatch = None,
@@ -988,10 +1024,12 @@ def sensitivity(
             samples=samples,
             vector_values=vector_values,
             input_shapes=_input_shapes(input_shape or []),
+            recipe=recipe,
             clip=clip,
             percentile=percentile,
             per_channel=per_channel,
             asymmetric=asymmetric,
+            rotation=rotation,
             elementwise_bits=elementwise_bits,
             loop_bits=loop_bits,
             batch_size=batch_size,

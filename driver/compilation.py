@@ -52,6 +52,7 @@ from bitwright.quant.layers import find_layers, layer_nodes
 from bitwright.quant.load import Model, ValueType, load
 from bitwright.quant.observers import ClipMethod
 from bitwright.quant.quantizer import quantize_model
+from bitwright.quant.recipes import RecipeName
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
@@ -154,10 +155,12 @@ def compile(  # noqa: A001 - the command's name
     overwrite: bool = False,
     keep_qdq: bool = True,
     dump_ir: str | Path | None = None,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     elementwise_bits: int | None = None,
     loop_bits: int | None = None,
     batch_size: int | None = None,
@@ -194,7 +197,9 @@ def compile(  # noqa: A001 - the command's name
         Whether the artefact keeps the quantized ONNX model, for :func:`bitwright.run` to compare.
     dump_ir
         A folder for the module after each pass, as text.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+    recipe, clip, percentile, per_channel, asymmetric, rotation
+        Options of quantization, as in :func:`bitwright.quantize`.
+    elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     progress
         Called with steps done and in total.
@@ -214,10 +219,12 @@ def compile(  # noqa: A001 - the command's name
     folder = check_output_folder(output, overwrite=overwrite)
     dumps = None if dump_ir is None else _dump_folder(dump_ir)
     options: dict[str, Any] = {
+        "recipe": recipe,
         "clip": clip,
         "percentile": percentile,
         "per_channel": per_channel,
         "asymmetric": asymmetric,
+        "rotation": rotation,
         "batch_size": batch_size,
     }
     if is_study_plan(plan):
@@ -240,7 +247,7 @@ def compile(  # noqa: A001 - the command's name
         complete = plan_of(loaded)
         accelerator.check(complete.layers, where=loaded.source)
     else:
-        complete = plan_for(loaded, accelerator, **choice)
+        complete = plan_for(loaded, accelerator, recipe=recipe, **choice)
         if calibration is None:
             raise UsageError(
                 f"{loaded.source} is a float model, and there are no samples to quantize it with",

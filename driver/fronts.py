@@ -357,10 +357,12 @@ def quantization_of_study(reference: str) -> tuple[str, str, dict[str, Any]]:
         settings.target,
         settings.calibration.path,
         {
+            "recipe": options.recipe,
             "clip": options.clip,
             "percentile": options.percentile,
             "per_channel": options.per_channel,
             "asymmetric": options.asymmetric,
+            "rotation": options.rotation,
             "batch_size": options.batch_size,
         },
     )

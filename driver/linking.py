@@ -23,6 +23,7 @@ from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import Model, load
 from bitwright.quant.observers import ClipMethod
 from bitwright.quant.quantizer import quantize_model
+from bitwright.quant.recipes import RecipeName
 from bitwright.quant.reference import Operand, Operands, Reference, padding_of
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import ProgressCallback, Samples
@@ -522,10 +523,12 @@ def link(
     precision: str | Precision | None = None,
     plan: PrecisionPlan | str | Path | None = None,
     calibration: str | Path | Mapping[str, Array] | None = None,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     elementwise_bits: int | None = None,
     loop_bits: int | None = None,
     batch_size: int | None = None,
@@ -565,7 +568,9 @@ def link(
         For a float model: samples to quantize it with. For any model: samples that bucket maps
         (``quantile``, ``calibrated``) are made from, where they depend on inputs; by default the
         data itself.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+    recipe, clip, percentile, per_channel, asymmetric, rotation
+        Options of quantization, as in :func:`bitwright.quantize`.
+    elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     plot
         A file for charts of layers and of wires: a page (``.html``) that needs no network.
@@ -602,10 +607,12 @@ def link(
         "loop_bits": loop_bits,
     }
     options: dict[str, Any] = {
+        "recipe": recipe,
         "clip": clip,
         "percentile": percentile,
         "per_channel": per_channel,
         "asymmetric": asymmetric,
+        "rotation": rotation,
         "batch_size": batch_size,
     }
     samples = Samples(data, loaded.inputs)
@@ -614,9 +621,9 @@ def link(
         refuse_options({**choice, **options}, loaded.source)
     else:
         complete = (
-            resolve_plan(loaded, **choice)
+            resolve_plan(loaded, recipe=recipe, **choice)
             if target is None
-            else plan_for(loaded, targets.get(target), **choice)
+            else plan_for(loaded, targets.get(target), recipe=recipe, **choice)
         )
         if tuning is None:
             raise UsageError(

@@ -11,6 +11,7 @@ from bitwright.quant.graph import is_move, layers_of, loop_body
 from bitwright.quant.layers import layer_nodes, quantized_precision
 from bitwright.quant.load import Model, load
 from bitwright.quant.quantizer import fit_plan
+from bitwright.quant.recipes import RecipeName, get_recipe
 from bitwright.targets import Accelerator
 from bitwright.vocabulary import FLOAT_BITS, Precision, PrecisionPlan
 
@@ -81,8 +82,12 @@ def resolve_plan(
     plan: PrecisionPlan | str | Path | None,
     elementwise_bits: int | None = None,
     loop_bits: int | None = None,
+    *,
+    recipe: RecipeName = "default",
 ) -> PrecisionPlan:
     """Make the complete plan that the options of a command ask for.
+
+    Without ``precision`` and ``plan`` that of the recipe, where it has one.
 
     Raises
     ------
@@ -91,6 +96,8 @@ def resolve_plan(
     PlanError
         If the plan cannot be read or does not fit the model.
     """
+    if precision is None and plan is None:
+        precision = get_recipe(recipe).precision
     if precision is None and plan is None:
         raise UsageError(
             "there is neither a precision for all layers nor a plan",
@@ -138,6 +145,7 @@ def plan_for(
     plan: PrecisionPlan | str | Path | None,
     elementwise_bits: int | None = None,
     loop_bits: int | None = None,
+    recipe: RecipeName = "default",
 ) -> PrecisionPlan:
     """The plan that a float model gets on an accelerator.
 
@@ -149,7 +157,7 @@ def plan_for(
         If the plan cannot be read, does not fit the model, was made for another accelerator, or
         asks for what this one cannot do.
     """
-    complete = resolve_plan(model, precision, plan, elementwise_bits, loop_bits)
+    complete = resolve_plan(model, precision, plan, elementwise_bits, loop_bits, recipe=recipe)
     where = "plan" if precision is None else f"precision {precision}"
     if isinstance(plan, str | Path):
         where = str(plan)

@@ -12,6 +12,7 @@ from bitwright.quant.float_ops import Array
 from bitwright.quant.load import load
 from bitwright.quant.observers import ClipMethod
 from bitwright.quant.quantizer import Quantized, quantize_model
+from bitwright.quant.recipes import RecipeName
 from bitwright.quant.samples import ProgressCallback, Samples
 from bitwright.vocabulary import Precision, PrecisionPlan
 
@@ -26,10 +27,12 @@ def quantize(
     plan: PrecisionPlan | str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     elementwise_bits: int | None = None,
     loop_bits: int | None = None,
     batch_size: int | None = None,
@@ -52,15 +55,23 @@ def quantize(
         File to write the QDQ model to.
     overwrite
         Whether ``output`` may exist.
+    recipe
+        ``default``, ``naive`` or ``quamba``: see :mod:`bitwright.quant.recipes`. Options that are
+        given win over those of the recipe; the last two need neither ``precision`` nor ``plan``.
     clip
         How the range of activations (and, unless it is ``minmax``, of weights) is cut: ``mmse``
-        minimises the squared error, ``percentile`` leaves out outliers, ``minmax`` keeps all.
+        (default) minimises the squared error, ``percentile`` leaves out outliers, ``minmax``
+        (``naive``, ``quamba``) keeps all.
     percentile
-        For ``percentile``: the share of values, in percent, that is kept.
+        The share of values, in percent, that is kept: for ``percentile``, by default 99.99; in the
+        recipe ``quamba`` of what selective scans take as ``x``, by default 99.999.
     per_channel
-        Whether every output channel has a weight scale of its own.
+        Whether every output channel has a weight scale of its own: by default yes, in the recipes
+        ``naive`` and ``quamba`` no.
     asymmetric
         Whether activations with negative values get a zero point other than 0.
+    rotation
+        Whether the recipe ``quamba`` rotates the outputs of selective scans.
     elementwise_bits
         8 or 16 (default): width of activations that only elementwise operators read.
     loop_bits
@@ -89,15 +100,17 @@ def quantize(
             "is the float model itself, which would be lost", where=str(path), fix="choose another"
         )
     loaded = load(model)
-    complete = resolve_plan(loaded, precision, plan, elementwise_bits, loop_bits)
+    complete = resolve_plan(loaded, precision, plan, elementwise_bits, loop_bits, recipe=recipe)
     result = quantize_model(
         loaded,
         complete,
         Samples(calibration, loaded.inputs),
+        recipe=recipe,
         clip=clip,
         percentile=percentile,
         per_channel=per_channel,
         asymmetric=asymmetric,
+        rotation=rotation,
         batch_size=batch_size,
         progress=progress,
     )

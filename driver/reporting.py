@@ -278,7 +278,7 @@ def _command(found: Front, stops: Mapping[str, Any]) -> str:
     parameters = inspect.signature(search_precisions).parameters
     for name in (
         "objectives metric start algorithm population offspring seed subsets samples vector_values "
-        "clip percentile elementwise_bits loop_bits batch_size"
+        "recipe clip percentile elementwise_bits loop_bits batch_size"
     ).split() + [name for name in ("generations", "evaluations", "patience") if name in stops]:
         if options[name] != parameters[name].default:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
@@ -293,10 +293,12 @@ def _command(found: Front, stops: Mapping[str, Any]) -> str:
     ):
         for value in values:
             words += [f"--{option}", value]
-    if not settings.quantization.per_channel:
-        words.append("--no-per-channel")
+    if settings.quantization.per_channel is not None:
+        words.append("--per-channel" if settings.quantization.per_channel else "--no-per-channel")
     if settings.quantization.asymmetric:
         words.append("--asymmetric")
+    if not settings.quantization.rotation:
+        words.append("--no-rotation")
     return shlex.join(words)
 
 

@@ -28,6 +28,7 @@ from bitwright.inspection import shape_option
 from bitwright.quant.load import Model, load
 from bitwright.quant.metrics import get_metric
 from bitwright.quant.observers import ClipMethod
+from bitwright.quant.recipes import RecipeName
 from bitwright.quant.samples import Samples
 from bitwright.search.algorithm import Algorithm, Exhaustive, Nsga2, RandomSearch
 from bitwright.search.engine import (
@@ -434,10 +435,12 @@ def search_precisions(
     scheduler: str | None = None,
     vector_values: int = 0,
     input_shapes: Mapping[str, Sequence[int | None]] | None = None,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     elementwise_bits: int = 16,
     loop_bits: int = FLOAT_BITS,
     batch_size: int | None = None,
@@ -500,7 +503,9 @@ def search_precisions(
         Values beside the weights that count as memory, at 16 bits each.
     input_shapes
         Fixes symbolic sizes of the inputs.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+    recipe, clip, percentile, per_channel, asymmetric, rotation
+        Options of quantization, as in :func:`bitwright.quantize`.
+    elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     reuse_mib
         Memory in which intermediate values are kept for plans that begin alike, in MiB a worker.
@@ -590,7 +595,15 @@ def search_precisions(
         vector_values=vector_values,
         input_shapes=input_shapes,
         quantization=QuantizationOptions(
-            clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+            clip,
+            percentile,
+            per_channel,
+            asymmetric,
+            elementwise_bits,
+            loop_bits,
+            batch_size,
+            recipe,
+            rotation,
         ),
         reuse_bytes=reuse_mib << 20,
     )
@@ -894,10 +907,12 @@ def sensitivity(
     samples: int | None = None,
     vector_values: int = 0,
     input_shapes: Mapping[str, Sequence[int | None]] | None = None,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     elementwise_bits: int = 16,
     loop_bits: int = FLOAT_BITS,
     batch_size: int | None = None,
@@ -917,7 +932,9 @@ def sensitivity(
         the folder of a study, which says all that, and keeps what is found for its report.
     vector_values, input_shapes
         As in :func:`search_precisions`.
-    clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+    recipe, clip, percentile, per_channel, asymmetric, rotation
+        Options of quantization, as in :func:`bitwright.quantize`.
+    elementwise_bits, loop_bits, batch_size
         Options of quantization, as in :func:`bitwright.quantize`.
     workers, scheduler
         As in :func:`search_precisions`.
@@ -965,7 +982,15 @@ def sensitivity(
             input_shapes=input_shapes,
             subsets=1,
             quantization=QuantizationOptions(
-                clip, percentile, per_channel, asymmetric, elementwise_bits, loop_bits, batch_size
+                clip,
+                percentile,
+                per_channel,
+                asymmetric,
+                elementwise_bits,
+                loop_bits,
+                batch_size,
+                recipe,
+                rotation,
             ),
         )
         prepared = _prepare(settings, loaded, progress)

@@ -177,6 +177,13 @@ def print_quantized(result: Quantized, model: Path, output: Path) -> None:
             f"{' and '.join(map(str, widths))} bit; the worst, {escape(worst.name)}, has "
             f"{worst.sqnr_db:.1f} dB"
         )
+    if result.scan_inputs:
+        worst = min(result.scan_inputs, key=lambda entry: entry.sqnr_db)
+        kinds = sorted({str(entry.quantization) for entry in result.scan_inputs})
+        console.print(
+            f"{len(result.scan_inputs)} inputs of selective scans, {' and '.join(kinds)}; the "
+            f"worst, {escape(worst.name)}, has {worst.sqnr_db:.1f} dB"
+        )
     if result.float_operators:
         shown = ", ".join(f"{name} ({operator})" for name, operator in result.float_operators[:10])
         more = len(result.float_operators) - 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,7 @@ def calibrate(
     *,
     batch_size: int | None = None,
     keep: bool = False,
+    exact: Container[ir.Value] = (),
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Observer], list[Batch]]:
     """Observe tensors over all samples, once, one batch of activations in memory.
@@ -44,6 +45,8 @@ def calibrate(
     keep
         Whether to hand samples back: spread evenly over all, 8 to 64, as many as their watched
         tensors stay below 192 MiB.
+    exact
+        Values whose observers count every element.
     progress
         Called after every batch.
 
@@ -62,7 +65,7 @@ def calibrate(
         If a tensor becomes NaN or infinite; it is named.
     """
     watched = list(dict.fromkeys(values))
-    observers = {str(value.name): Observer() for value in watched}
+    observers = {str(value.name): Observer(exact=value in exact) for value in watched}
     inputs = set(model.graph.inputs)
     session_outputs = [value for value in watched if value not in inputs]
     fed = {str(value.name) for value in watched if value in inputs}

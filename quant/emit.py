@@ -143,6 +143,7 @@ class Emitter:
         self._clones: dict[tuple[ir.Node, TensorQuantization], ir.Node] = {}
         self._integer: set[ir.Node] = set()
         self.elementwise: dict[str, TensorSummary] = {}
+        self.scan_inputs: dict[str, TensorSummary] = {}
         self.layers: list[LayerSummary] = []
 
     def run(self) -> None:
@@ -179,7 +180,20 @@ class Emitter:
                         node.replace_input_with(index, self._elementwise(operand, node))
             elif node in placement.biases:
                 self._integer.add(node)
+            elif node in placement.scan_inputs:
+                self._scan(node)
+            elif (data := placement.rotated(node)) is not None and placement.in_integers(data):
+                node.replace_input_with(0, self._elementwise(data, node))
             self._leaving(node)
+
+    def _scan(self, node: ir.Node) -> None:
+        """Quantize what a selective scan reads, in front of it."""
+        for index, form in self._placement.scan_inputs[node].items():
+            value = node.inputs[index]
+            assert value is not None
+            entry = self._chosen[value, form]
+            self.scan_inputs[entry.name] = entry
+            node.replace_input_with(index, self._place(value, entry.quantization))
 
     def _leaving(self, node: ir.Node) -> None:
         """Quantize what leaves the body of a loop in fixed point."""

@@ -21,6 +21,7 @@ __all__ = [
     "DECODE",
     "ENCODE",
     "ENDLESS",
+    "ROTATION",
     "SOFT_EDGE_DOMAIN",
     "all_nodes",
     "attribute",
@@ -35,6 +36,7 @@ __all__ = [
     "is_elementwise",
     "is_move",
     "is_quantizer",
+    "is_rotation",
     "layers_of",
     "layout_of",
     "loop_body",
@@ -54,6 +56,9 @@ _UNARY = frozenset(
 _BINARY = frozenset("Add Div Max Min Mul Pow PRelu Sub".split())
 ENDLESS = 2**31 - 1
 """What exporters write for the trip count of a loop without a bound, or more."""
+
+ROTATION: Final = "bitwright.rotation"
+"""Mark, in the metadata of operators, of those that rotate activations in float32."""
 
 SOFT_EDGE_DOMAIN: Final = "bitwright"
 ENCODE: Final = "SoftEdgeEncode"
@@ -104,9 +109,14 @@ def _is_weight(value: ir.Value | None) -> bool:
     return _is_constant(value) and value.dtype == ir.DataType.FLOAT
 
 
+def is_rotation(node: ir.Node) -> bool:
+    """Whether the node is part of a rotation that :mod:`bitwright.quant.rotation` has written."""
+    return ROTATION in node.metadata_props
+
+
 def weight_input(node: ir.Node) -> int | None:
     """Index of the input that holds a layer's constant weights; None if the node is no layer."""
-    if node.domain != "" or len(node.inputs) < 2 or node.inputs[0] is None:
+    if node.domain != "" or len(node.inputs) < 2 or node.inputs[0] is None or is_rotation(node):
         return None
     if node.op_type in ("Conv", "Gemm", "MatMul") and _is_weight(node.inputs[1]):
         return None if _is_weight(node.inputs[0]) else 1

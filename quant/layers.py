@@ -19,6 +19,7 @@ from bitwright.quant.graph import (
     is_clamp,
     is_elementwise,
     is_move,
+    is_rotation,
     layers_of,
     layout_of,
     loop_body,
@@ -220,6 +221,8 @@ def _steps(loop: ir.Node) -> int | None:
 
 
 def _reason(node: ir.Node) -> str:
+    if is_rotation(node):
+        return "rotates activations by a Hadamard matrix: stays float"
     if node.op_type in ("Conv", "Gemm", "MatMul"):
         if weight_input(node) is not None:
             return "a layer in a loop is a plain matrix product with its weights on the right"

@@ -113,9 +113,16 @@ class Observer:
         [-limit, limit).
     limit
         A power of two above every magnitude seen.
+
+    Parameters
+    ----------
+    exact
+        Whether all values of large tensors enter the histogram: percentiles near 100 % depend on
+        a few of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
+        self._exact = exact
         self.minimum = math.inf
         self.maximum = -math.inf
         self.limit = 0.0
@@ -146,7 +153,8 @@ class Observer:
         magnitude = max(-self.minimum, self.maximum, MIN_SCALE)
         if magnitude >= self.limit:
             self._widen(magnitude)
-        flat = flat[:: _stride(flat.size, MAX_VALUES_PER_SAMPLE * samples)]
+        if not self._exact:
+            flat = flat[:: _stride(flat.size, MAX_VALUES_PER_SAMPLE * samples)]
         if flat.size < array.size:  # the rare extremes decide where to clip
             flat = np.append(flat, np.array([low, high], flat.dtype))
         # One pass in float32; the bin of a value is exact up to its own rounding.
@@ -274,11 +282,13 @@ def choose_quantization(
     method: ClipMethod = "mmse",
     percentile: float = 99.99,
     asymmetric: bool = False,
+    symmetric: bool = False,
 ) -> TensorQuantization:
     """Choose scale and zero point for the values an observer has seen.
 
     Codes are unsigned with zero point 0 where no value is negative, otherwise signed with zero
-    point 0; with ``asymmetric``, unsigned with the zero point where 0.0 falls.
+    point 0; with ``asymmetric``, unsigned with the zero point where 0.0 falls; with ``symmetric``,
+    always signed, and the largest code stands for the range on either side.
 
     Parameters
     ----------
@@ -293,7 +303,9 @@ def choose_quantization(
     percentile
         In percent, above 0 and at most 100.
     asymmetric
-        Whether the zero point may be anywhere in the range.
+        Whether the zero point may be anywhere in the range; wins over ``symmetric``.
+    symmetric
+        Whether codes are signed also where no value is negative.
 
     Returns
     -------
@@ -311,13 +323,14 @@ def choose_quantization(
         raise UsageError(f"percentile {percentile} is not above 0 and at most 100")
     low, high = min(observer.minimum, 0.0), max(observer.maximum, 0.0)
     if not observer.counts.any() or (low == 0.0 and high == 0.0):
-        return TensorQuantization(1.0, 0, bits, signed=False)
+        return TensorQuantization(1.0, 0, bits, signed=symmetric)
     if asymmetric and low < 0.0:
         return _choose_asymmetric(observer, bits, method, percentile)
-    signed = low < 0.0
+    signed = symmetric or low < 0.0
     probe = TensorQuantization(1.0, 0, bits, signed)
     # A signed range reaches one step further down than up.
-    peak = max(high, -low if not signed else -low * probe.code_max / -probe.code_min)
+    below = 1.0 if symmetric or not signed else probe.code_max / -probe.code_min
+    peak = max(high, -low * below)
     if method == "minmax":
         threshold = peak
     elif method == "percentile":

@@ -8,12 +8,14 @@
 3. Operators in the body of a loop stay float. With fixed point, the inputs of those that are sums,
    products, averages or elementwise functions are quantized at the plan's loop bits, and so is what
    leaves the body: new states and outputs.
-4. Outputs of the model and all other operators stay float.
+4. What selective scans read is quantized where a plan says so; the scans stay float.
+5. What a rotation reads is quantized like what elementwise operators read: it follows them.
+6. Outputs of the model and all other operators stay float.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -27,6 +29,7 @@ from bitwright.quant.graph import (
     is_arithmetic,
     is_clamp,
     is_move,
+    is_rotation,
     layers_of,
     loop_body,
     weight_input,
@@ -60,10 +63,19 @@ class Placement:
         The main graph.
     fixed_point_loops
         Whether elementwise operators in the bodies of loops do.
+    scan_inputs
+        Scan to the indices of inputs that are quantized, and how.
     """
 
-    def __init__(self, graph: ir.Graph, *, fixed_point_loops: bool = False) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        *,
+        fixed_point_loops: bool = False,
+        scan_inputs: Mapping[ir.Node, Mapping[int, Activation]] | None = None,
+    ) -> None:
         self.graph = graph
+        self.scan_inputs = scan_inputs or {}
         self.layers = dict.fromkeys(layers_of(graph))  # in order of execution
         self.biases = dict(self._find_biases())
         self.roots = elementwise_roots(graph, excluded=self.biases)
@@ -128,6 +140,10 @@ class Placement:
         for node in reversed(list(self.graph)):
             if node in self.layers:
                 found.add(self.layer_input(node))
+            elif node in self.scan_inputs:
+                found.update(value for value, _ in self.scanned(node))
+            elif (value := self.rotated(node)) is not None:
+                found.add(value)
             elif self._carries(node) and any(value in found for value in node.outputs):
                 found.update(v for v in self.operands(node))
         return found
@@ -148,6 +164,18 @@ class Placement:
         value = node.inputs[1 - index]
         assert value is not None
         return value
+
+    def scanned(self, node: ir.Node) -> list[tuple[ir.Value, Activation]]:
+        """What a Scan reads quantized."""
+        pairs = [(node.inputs[i], form) for i, form in self.scan_inputs.get(node, {}).items()]
+        return [(value, form) for value, form in pairs if value is not None]
+
+    @staticmethod
+    def rotated(node: ir.Node) -> ir.Value | None:
+        """What a rotation reads, if the node is the first of one."""
+        value = node.inputs[0] if is_rotation(node) else None
+        producer = None if value is None else value.producer()
+        return None if producer is None or is_rotation(producer) else value
 
     @staticmethod
     def operands(node: ir.Node) -> list[ir.Value]:
@@ -221,10 +249,21 @@ class Placement:
         return list({**layers, **self.wanted_elementwise(plan)})
 
     def wanted_elementwise(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, Activation], None]:
-        """Those that operators without weights read, or that leave a loop in fixed point."""
+        """Those that operators without weights read, or that leave a loop in fixed point.
+
+        Among them those that selective scans and rotations read.
+        """
         found: dict[tuple[ir.Value, Activation], None] = {}
         targets = [self.layer_input(node) for node in self.layers]
+        for node in self.scan_inputs:
+            for value, form in self.scanned(node):
+                found[value, form] = None
+                targets.append(value)
         for node in all_nodes(self.graph):
+            rotated = self.rotated(node)
+            if rotated is not None and self.in_integers(rotated):
+                found[rotated, self.elementwise(node, plan)] = None
+                targets.append(rotated)
             if node not in self.layers and self.is_integer_arithmetic(node):
                 for value in self.operands(node):
                     found[value, self.elementwise(node, plan)] = None

@@ -8,8 +8,8 @@ and INT16 need operator set 21, INT2 needs 25.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from bitwright.errors import ModelError, PlanError, UsageError
 from bitwright.quant.calibrate import calibrate
 from bitwright.quant.emit import Emitter, LayerSummary, TensorSummary
+from bitwright.quant.graph import all_nodes, loop_body
 from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import Model, convert_opset
 from bitwright.quant.observers import (
@@ -31,8 +32,10 @@ from bitwright.quant.observers import (
 )
 from bitwright.quant.placement import Placement
 from bitwright.quant.prepare import prepare
+from bitwright.quant.recipes import RecipeName, get_recipe
 from bitwright.quant.refine import LayerChoice, Refinement, measure_errors
 from bitwright.quant.samples import ProgressCallback, Samples
+from bitwright.quant.selective_scan import SelectiveScan, selective_scans
 from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import FLOAT_BITS, Activation, Precision, PrecisionPlan
 
@@ -63,6 +66,8 @@ class Quantized:
         One entry a layer, in order of execution.
     elementwise
         Activation tensors quantized for operators other than layers.
+    scan_inputs
+        Those quantized for selective scans.
     float_operators
         Operators that stay float: name and operator type.
     notes
@@ -73,6 +78,7 @@ class Quantized:
     plan: PrecisionPlan
     layers: tuple[LayerSummary, ...]
     elementwise: tuple[TensorSummary, ...]
+    scan_inputs: tuple[TensorSummary, ...]
     float_operators: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
@@ -116,6 +122,7 @@ class Quantized:
                 for layer in self.layers
             ],
             "elementwise": [tensor(entry) for entry in self.elementwise],
+            "scan_inputs": [tensor(entry) for entry in self.scan_inputs],
             "float_operators": [list(entry) for entry in self.float_operators],
             "notes": list(self.notes),
         }
@@ -129,7 +136,8 @@ def fit_plan(
     Raises
     ------
     PlanError
-        If the plan was made for another model, or layers are unknown or missing.
+        If the plan was made for another model, layers are unknown or missing, it names inputs of
+        selective scans that none reads, or percentiles of tensors that do not exist.
     """
     names = list(layer_nodes(model))
     if isinstance(plan, Precision):
@@ -157,14 +165,43 @@ def fit_plan(
             where=where,
             fix=f"give every layer one; the model's layers are: {known}",
         )
-    return PrecisionPlan(
+    _check_tensors(model, plan, where)
+    return replace(
+        plan,
         layers={name: plan.layers[name] for name in names},
         structure_hash=model.structure_hash,
         weights_hash=model.weights_hash,
-        target=plan.target,
-        elementwise_bits=plan.elementwise_bits,
-        loop_bits=plan.loop_bits,
     )
+
+
+def _check_tensors(model: Model, plan: PrecisionPlan, where: str) -> None:
+    """Refuse names of tensors that a plan says something about, and that are not there."""
+    if plan.scan_inputs:
+        scans = selective_scans(model.graph)
+        read = {str(value.name): None for scan in scans for value in scan.tensors.values()}
+        if unknown := [name for name in plan.scan_inputs if name not in read]:
+            raise PlanError(
+                f"no selective scan reads {', '.join(map(repr, unknown))}",
+                where=f"{where}, scan_inputs",
+                fix=f"selective scans read: {', '.join(read)}"
+                if read
+                else "the model has no selective scan: leave scan_inputs out",
+            )
+    if plan.percentiles:
+        names = {str(value.name) for value in _activations(model.graph)}
+        if unknown := [name for name in plan.percentiles if name not in names]:
+            raise PlanError(
+                f"the model has no activation tensor {unknown[0]!r}",
+                where=f"{where}, percentiles",
+                fix="name tensors that layers, selective scans or elementwise operators read",
+            )
+
+
+def _activations(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Float tensors that are computed or fed."""
+    values = [*graph.inputs, *(value for node in all_nodes(graph) for value in node.outputs)]
+    values += [value for node in graph for value in getattr(loop_body(node), "inputs", ())]
+    return (value for value in values if value.dtype == ir.DataType.FLOAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +222,8 @@ class Calibration:
         What candidate scales do to the outputs of layers; None for ``minmax``.
     per_channel
         Whether output channels have weight scales of their own.
+    scan_inputs, percentiles
+        As in a plan, with what the recipe adds.
     """
 
     model: Model
@@ -193,6 +232,8 @@ class Calibration:
     quantizations: dict[tuple[str, Activation], TensorQuantization]
     refinement: Refinement | None
     per_channel: bool
+    scan_inputs: Mapping[str, Activation]
+    percentiles: Mapping[str, float]
 
     def choose(
         self, precisions: Mapping[str, Precision]
@@ -211,10 +252,14 @@ def calibrate_model(
     *,
     elementwise_bits: int = 16,
     loop_bits: int = FLOAT_BITS,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    scan_inputs: Mapping[str, Activation] | None = None,
+    percentiles: Mapping[str, float] | None = None,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     batch_size: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Calibration:
@@ -228,14 +273,14 @@ def calibrate_model(
         Layer name to the precisions that may be asked for.
     samples
         Calibration data.
-    elementwise_bits, loop_bits
+    elementwise_bits, loop_bits, scan_inputs, percentiles
         As in a plan.
-    clip, percentile, per_channel, asymmetric, batch_size, progress
+    recipe, clip, percentile, per_channel, asymmetric, rotation, batch_size, progress
         As in :func:`quantize_model`.
 
     Raises
     ------
-    ModelError, DataError, RunError, UsageError
+    ModelError, PlanError, DataError, RunError, UsageError
         As in :func:`quantize_model`.
     """
     if model.is_quantized:
@@ -250,10 +295,25 @@ def calibrate_model(
         )
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size {batch_size} is not positive")
-    probe = Observer()
-    choose_quantization(probe, 8, method=clip, percentile=percentile)  # refuse bad options early
+    options = get_recipe(recipe).with_options(
+        clip=clip, percentile=percentile, per_channel=per_channel, rotation=rotation
+    )
+    clip, per_channel = options.clip, options.per_channel
+    # refuse bad options early
+    choose_quantization(Observer(), 8, method=clip, percentile=options.percentile)
+    about = options.complete(
+        model, PrecisionPlan({}, scan_inputs=scan_inputs or {}, percentiles=percentiles or {})
+    )
+    scans = selective_scans(model.graph)
+    read = _scan_inputs(scans, about.scan_inputs)
+    uses = {
+        str(value.name): [(use.node, use.idx) for use in value.uses()]
+        for value in _activations(model.graph)
+        if value.name in about.percentiles
+    }
     prepare(model)
-    placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS)
+    options.rewrite(model, scans)
+    placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS, scan_inputs=read)
     wanted: dict[tuple[ir.Value, Activation], None] = {}
     elementwise: set[tuple[str, Activation]] = set()
     for number in range(max(len(entry) for entry in precisions.values())):
@@ -261,24 +321,28 @@ def calibrate_model(
         plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
         elementwise.update((str(v.name), form) for v, form in placement.wanted_elementwise(plan))
+    ranges = _ranges(about.percentiles, uses, {value for value, _ in wanted}, model.source)
     observers, kept = calibrate(
         model,
         [value for value, _ in wanted],
         samples,
         batch_size=batch_size,
         keep=clip != "minmax",
+        exact=ranges,
         progress=progress,
     )
     quantizations = {
         (str(value.name), form): choose_activation(
             observers[str(value.name)],
             form,
-            method=clip,
-            percentile=percentile,
+            method="percentile" if value in ranges else clip,
+            percentile=ranges.get(value, options.percentile),
             asymmetric=asymmetric,
+            symmetric=options.symmetric,
         )
         for value, form in wanted
     }
+    elementwise.update((str(v.name), form) for v, form in wanted if v in ranges)
     for new, old in placement.leaving.items():  # a state keeps its codes from step to step
         pair = [(str(v.name), Activation(loop_bits)) for v in (new, old) if v is not None]
         if len(pair) == 2 and pair[1] in quantizations:
@@ -300,7 +364,50 @@ def calibrate_model(
             fixed=set(quantizations) if clip != "mmse" else elementwise,
             progress=progress,
         )
-    return Calibration(model, placement, observers, quantizations, refinement, per_channel)
+    return Calibration(
+        model,
+        placement,
+        observers,
+        quantizations,
+        refinement,
+        per_channel,
+        about.scan_inputs,
+        about.percentiles,
+    )
+
+
+def _scan_inputs(
+    scans: Sequence[SelectiveScan], wanted: Mapping[str, Activation]
+) -> dict[ir.Node, dict[int, Activation]]:
+    """For each selective scan the indices of inputs that are quantized, and how."""
+    found: dict[ir.Node, dict[int, Activation]] = {}
+    for scan in scans:
+        for index, value in scan.tensors.items():
+            if str(value.name) in wanted:
+                found.setdefault(scan.node, {})[index] = wanted[str(value.name)]
+    return found
+
+
+def _ranges(
+    percentiles: Mapping[str, float],
+    uses: Mapping[str, Sequence[tuple[ir.Node, int]]],
+    quantized: Container[ir.Value],
+    source: str,
+) -> dict[ir.Value, float]:
+    """Percentiles by what stands, in the prepared model, where the tensors of a plan were read."""
+    ranges = {}
+    for name, percent in percentiles.items():
+        values = [node.inputs[index] for node, index in uses[name] if node.graph is not None]
+        found = [value for value in values if value is not None and value in quantized]
+        if not found:
+            raise PlanError(
+                f"the plan has a percentile for {name!r}, which is not quantized",
+                where=source,
+                fix="leave it out, or name a tensor that a layer, a selective scan or an "
+                "elementwise operator between layers reads",
+            )
+        ranges.update(dict.fromkeys(found, percent))
+    return ranges
 
 
 def quantize_model(
@@ -308,10 +415,12 @@ def quantize_model(
     plan: PrecisionPlan,
     samples: Samples,
     *,
-    clip: ClipMethod = "mmse",
-    percentile: float = 99.99,
-    per_channel: bool = True,
+    recipe: RecipeName = "default",
+    clip: ClipMethod | None = None,
+    percentile: float | None = None,
+    per_channel: bool | None = None,
     asymmetric: bool = False,
+    rotation: bool = True,
     batch_size: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Quantized:
@@ -325,12 +434,16 @@ def quantize_model(
         A plan that :func:`fit_plan` has completed.
     samples
         Calibration data.
+    recipe
+        One of :mod:`bitwright.quant.recipes`; it decides about the options that are None.
     clip, percentile, asymmetric
         How activations are clipped; see :func:`~bitwright.quant.observers.choose_quantization`
         and, for ``mmse``, :mod:`~bitwright.quant.refine`, which chooses the scales of
         weights and shifts biases as well. ``minmax`` leaves weights and biases as they are.
     per_channel
         Whether every output channel of a layer has a weight scale of its own.
+    rotation
+        Whether a recipe that rotates does.
     batch_size, progress
         See :func:`~bitwright.quant.calibrate.calibrate`.
 
@@ -350,14 +463,19 @@ def quantize_model(
         samples,
         elementwise_bits=plan.elementwise_bits,
         loop_bits=plan.loop_bits,
+        scan_inputs=plan.scan_inputs,
+        percentiles=plan.percentiles,
+        recipe=recipe,
         clip=clip,
         percentile=percentile,
         per_channel=per_channel,
         asymmetric=asymmetric,
+        rotation=rotation,
         batch_size=batch_size,
         progress=progress,
     )
     placement = found.placement
+    plan = replace(plan, scan_inputs=found.scan_inputs, percentiles=found.percentiles)
     quantizations, choices = found.choose(plan.layers)
     chosen: dict[tuple[ir.Value, Activation], TensorSummary] = {}
     for value, form in placement.wanted(plan):
@@ -372,7 +490,7 @@ def quantize_model(
             observer.maximum,
             expected_sqnr_db(observer, quantization),
         )
-    emitter = Emitter(model.ir, placement, plan, chosen, choices, per_channel)
+    emitter = Emitter(model.ir, placement, plan, chosen, choices, found.per_channel)
     emitter.run()
     RemoveUnusedNodesPass()(model.ir)
     NameFixPass()(model.ir)
@@ -384,6 +502,7 @@ def quantize_model(
         plan,
         tuple(emitter.layers),
         tuple(emitter.elementwise.values()),
+        tuple(emitter.scan_inputs.values()),
         tuple((str(n.name), n.op_type) for n in emitter.float_nodes() if n.graph is not None),
         model.notes,
     )

@@ -66,6 +66,7 @@ def choose_activation(
     method: ClipMethod = "mmse",
     percentile: float = 99.99,
     asymmetric: bool = False,
+    symmetric: bool = False,
 ) -> TensorQuantization:
     """Choose how to quantize a tensor at a form of its codes.
 
@@ -75,9 +76,9 @@ def choose_activation(
         The calibrated tensor.
     form
         Bits and format.
-    method, percentile, asymmetric
-        As in :func:`~bitwright.quant.observers.choose_quantization`; ``asymmetric`` concerns
-        integers alone.
+    method, percentile, asymmetric, symmetric
+        As in :func:`~bitwright.quant.observers.choose_quantization`; the last two concern integers
+        alone.
 
     Raises
     ------
@@ -87,7 +88,12 @@ def choose_activation(
     if form.format != "int":
         return choose_soft_edge(observer, form.format, method=method, percentile=percentile)
     return choose_quantization(
-        observer, form.bits, method=method, percentile=percentile, asymmetric=asymmetric
+        observer,
+        form.bits,
+        method=method,
+        percentile=percentile,
+        asymmetric=asymmetric,
+        symmetric=symmetric,
     )
 
 

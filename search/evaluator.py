@@ -317,10 +317,12 @@ def job_for(
         calibration,
         elementwise_bits=options.elementwise_bits,
         loop_bits=options.loop_bits,
+        recipe=options.recipe,
         clip=options.clip,
         percentile=options.percentile,
         per_channel=options.per_channel,
         asymmetric=options.asymmetric,
+        rotation=options.rotation,
         batch_size=options.batch_size,
         progress=progress,
     )

@@ -44,10 +44,12 @@ class Result:
 class QuantizationOptions:
     """Options of ``bitwright quantize`` that a search fixes for all plans."""
 
-    clip: Literal["mmse", "percentile", "minmax"] = "mmse"
-    percentile: float = 99.99
-    per_channel: bool = True
+    clip: Literal["mmse", "percentile", "minmax"] | None = None
+    percentile: float | None = None
+    per_channel: bool | None = None
     asymmetric: bool = False
     elementwise_bits: int = 16
     loop_bits: int = 32
     batch_size: int | None = None
+    recipe: Literal["default", "naive", "quamba"] = "default"
+    rotation: bool = True

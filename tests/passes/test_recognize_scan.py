@@ -16,6 +16,7 @@ from bitwright.importer import import_model
 from bitwright.passes.lower_scan import LowerScan
 from bitwright.passes.recognize_scan import COMPOSITES, RECURRENCE, SELECTIVE_SCAN, SRU
 from bitwright.quant.load import load
+from bitwright.quant.selective_scan import selective_scans
 from tests.driver.test_import_loops import scan
 from tests.passes.modules import transform
 
@@ -59,7 +60,19 @@ def attributes(model: Any) -> tuple[str, list[int] | None]:
     (function,) = kernels(model)
     attrs = function.attrs
     roles = [int(attrs[role]) for role in ROLES] if "x" in attrs else None
+    check_in_onnx(model, function, roles)
     return str(attrs["Composite"]), roles
+
+
+def check_in_onnx(model: Any, function: Any, roles: list[int] | None) -> None:
+    """The same is found in the ONNX graph, without TVM."""
+    graph = load(model).graph
+    (scan_node,) = [node for node in graph if node.op_type == "Scan"]
+    state = len(function.params) - len(scan_node.inputs)
+    expected = dict(zip(ROLES, roles or [], strict=False))
+    inputs = {role: index - state for role, index in expected.items() if index > state}
+    found = [dict(entry.inputs) for entry in selective_scans(graph)]
+    assert found == ([] if roles is None else [inputs])
 
 
 # Captured values first, in the order of their use, then the state and the sequences.
