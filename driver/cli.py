@@ -731,7 +731,10 @@ MetricName = Annotated[
     typer.Option(help=f"What the error is: {_METRICS}."),
 ]
 Precisions = Annotated[
-    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
+    str | None,
+    typer.Option(
+        help="What layers may have, e.g. w4a4,w8a8,w8a8se8 \\[default: all allowed widths]."
+    ),
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]
