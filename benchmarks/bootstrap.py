@@ -106,7 +106,7 @@ class Bootstrap:
             return function(self._times @ parts.astype(float) / (self._times @ wholes))
 
     def _estimate(self, values: Floats) -> Estimate:
-        low, high = np.percentile(values[1:], self._tails)
+        low, high = np.percentile(values[1:], self._tails, method="inverted_cdf")
         return Estimate(float(values[0]), float(low), float(high))
 
 

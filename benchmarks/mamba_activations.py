@@ -24,138 +24,34 @@ Run from the repository root; the whole takes hours, so choose::
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 
-import bitwright
 from benchmarks.bootstrap import Bootstrap, decibels
-from benchmarks.models import cache_folder, mamba_segmenter
+from benchmarks.mamba_configurations import (
+    Arrays,
+    Run,
+    configurations,
+    float_runner,
+    largest_difference,
+    quantized,
+    runner,
+)
+from benchmarks.models import mamba_segmenter
 from benchmarks.source_files import SourceFile, digest, source_files, spread
 from benchmarks.tables import table
-from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import load
 from bitwright.quant.observers import Observer, TensorQuantization, choose_quantization
-from bitwright.quant.selective_scan import ROLES, selective_scans
+from bitwright.quant.selective_scan import selective_scans
 from bitwright.quant.soft_edge import choose_soft_edge
-from bitwright.vocabulary import Activation, Precision, PrecisionPlan
-
-PERCENTILES = (99.0, 99.9, 99.99, 99.999, 100.0)
-TARGET = "bitfusion/eyeriss"
-Arrays = NDArray[Any]
-
-
-# -- configurations -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One way to quantize.
-
-    Parameters
-    ----------
-    name
-        Begins with its scope.
-    options
-        Of :func:`bitwright.quantize`, without the plan.
-    everywhere
-        How activations that layers and scans read are encoded; None leaves that to the recipe.
-    x
-        How what scans take as x is encoded, if otherwise.
-    reference
-        The configuration that this one is compared with.
-    weight_bits
-        Width of the weights.
-    """
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    everywhere: Activation | None = None
-    x: Activation | None = None
-    reference: str | None = None
-    weight_bits: int = 8
-
-
-def configurations() -> list[Configuration]:
-    """Give all rows of the tables, those first that others are compared with."""
-    integer = Activation(8)
-    found = [Configuration("scan/naive w8a8", {"recipe": "naive"})]
-    for percent in PERCENTILES:
-        options = {"recipe": "quamba", "percentile": percent}
-        name = f"scan/quamba {percent:g}"
-        found.append(Configuration(name, options))
-        for form in ("a8se", "a8se8"):
-            x = Activation.parse(form)
-            found.append(Configuration(f"{name} x {form}", options, x=x, reference=name))
-    for form in ("a4", "a8se6", "a4se4"):
-        found.append(
-            Configuration(
-                f"scan/quamba 100 x {form}",
-                {"recipe": "quamba", "percentile": 100.0},
-                x=Activation.parse(form),
-                reference="scan/quamba 100",
-            )
-        )
-    for percent in PERCENTILES:
-        ranges = {"clip": "minmax"} if percent == 100 else _percentile(percent)
-        name = f"all/a8 {percent:g}"
-        found.append(Configuration(name, ranges, everywhere=integer))
-        shifted = {**ranges, "asymmetric": True}
-        found.append(Configuration(f"{name} asymmetric", shifted, everywhere=integer))
-        for form in ("a8se", "a8se8"):
-            found.append(
-                Configuration(
-                    f"all/{form} {percent:g}",
-                    ranges,
-                    everywhere=Activation.parse(form),
-                    reference=name,
-                )
-            )
-    for form in ("a8", "a8se", "a8se8", "a8se6", "a4", "a4se4"):
-        reference = "all/a4 mmse" if form == "a4se4" else "all/a8 mmse"
-        found.append(
-            Configuration(
-                f"all/{form} mmse",
-                everywhere=Activation.parse(form),
-                reference=None if form in ("a8", "a4") else reference,
-            )
-        )
-    found.append(Configuration("all/a8 mmse asymmetric", {"asymmetric": True}, everywhere=integer))
-    return sorted(found, key=lambda entry: (entry.name.split("/")[0], entry.reference or ""))
-
-
-def _percentile(percent: float) -> dict[str, Any]:
-    return {"clip": "percentile", "percentile": percent}
-
-
-def plan_of(configuration: Configuration, model: Path) -> PrecisionPlan | None:
-    """Write the precision plan of a configuration; None where the recipe says all."""
-    everywhere, x = configuration.everywhere, configuration.x
-    if everywhere is None and x is None:
-        return None
-    loaded = load(model)
-    form = everywhere or Activation(8)
-    precision = Precision(configuration.weight_bits, form.bits, form.format)
-    scan_inputs = {}
-    for scan in selective_scans(loaded.graph):
-        for role in ROLES:
-            value = scan.value(role)
-            if value is not None and role == "x" and x is not None:
-                scan_inputs[str(value.name)] = x
-            elif value is not None and everywhere is not None:
-                scan_inputs[str(value.name)] = everywhere
-    layers = dict.fromkeys(layer_nodes(loaded), precision)
-    return PrecisionPlan(layers, scan_inputs=scan_inputs)
-
 
 # -- running --------------------------------------------------------------------------------------
 
@@ -177,66 +73,7 @@ class Measured:
     noise: Arrays
 
 
-def quantized(configuration: Configuration, model: Path, calibration: Sequence[SourceFile]) -> Path:
-    """Quantize, once: the model stays in the cache until the quantizer or the files change."""
-    code = hashlib.sha256(digest(list(calibration)).encode())
-    package = Path(bitwright.__file__).parent
-    for source in (*sorted((package.parent / "quant").glob("*.py")), package / "soft_edge.py"):
-        code.update(source.read_bytes())
-    folder = cache_folder() / "mamba_activations" / code.hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{configuration.name.replace('/', '_').replace(' ', '_')}.onnx"
-    if not path.is_file():
-        plan = plan_of(configuration, model)
-        bitwright.quantize(
-            model,
-            calibration={"ids": np.stack([file.ids for file in calibration])},
-            plan=plan,
-            output=path,
-            **configuration.options,
-        )
-    return path
-
-
-def runner(path: Path, engine: str) -> Callable[[Arrays], Arrays]:
-    """Make a function from ids to logits."""
-    if engine == "onnxruntime":
-        options = ort.SessionOptions()
-        # As bitwright evaluates QDQ models: the optimizer would compute otherwise.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda ids: np.asarray(session.run(["logits"], {"ids": ids})[0])
-    artifact = bitwright.compile(
-        path, TARGET, output=path.with_suffix(".artefact"), overwrite=True, keep_qdq=False
-    )
-    return lambda ids: artifact.run({"ids": ids})["logits"]
-
-
-def float_runner(model: Path) -> Callable[[Arrays], Arrays]:
-    """Compile the float model; make a function from ids to logits."""
-    import tvm
-    from tvm import relax
-
-    from bitwright import targets
-    from bitwright.importer import import_model
-    from bitwright.passes.build import TRANSFORM, build
-
-    built = build(import_model(load(model)), targets.get(TARGET))
-    machine = relax.VirtualMachine(built.executable, tvm.cpu())
-    parameters = tuple(map(tvm.runtime.tensor, built.parameters.values()))
-    transformed = list(machine[TRANSFORM](parameters)) if parameters else []
-
-    def run(ids: Arrays) -> Arrays:
-        result = machine["main"](tvm.runtime.tensor(ids), *transformed)
-        logits: Arrays = (result if hasattr(result, "numpy") else result[0]).numpy()
-        return logits
-
-    return run
-
-
-def measure(
-    run: Callable[[Arrays], Arrays], files: Sequence[SourceFile], expected: Arrays
-) -> Measured:
+def measure(run: Run, files: Sequence[SourceFile], expected: Arrays) -> Measured:
     """Run all files and compare."""
     agree, right, noise = [], [], []
     for file, wanted in zip(files, expected, strict=True):
@@ -246,14 +83,6 @@ def measure(
         right.append(np.count_nonzero(found == file.label))
         noise.append(np.square(logits.astype(np.float64) - wanted).sum())
     return Measured(np.array(agree), np.array(right), np.array(noise))
-
-
-def largest_difference(
-    path: Path, run: Callable[[Arrays], Arrays], files: Sequence[SourceFile]
-) -> float:
-    """How far the artefact is from onnxruntime on some files, in logits."""
-    other = runner(path, "onnxruntime")
-    return max(float(np.abs(run(file.ids) - other(file.ids)).max()) for file in files)
 
 
 # -- the tables -----------------------------------------------------------------------------------
@@ -383,7 +212,8 @@ def heavy_tailed(seed: int = 0, size: int = 400_000) -> dict[str, Arrays]:
     generator = np.random.default_rng(seed)
 
     def silu(values: Arrays) -> Arrays:
-        return (values / (1 + np.exp(-values))).astype(np.float32)
+        result: Arrays = (values / (1 + np.exp(-values))).astype(np.float32)
+        return result
 
     outliers = np.where(generator.random(size) < 1e-3, 30.0, 1.0)
     return {
@@ -424,15 +254,10 @@ def activation_row(name: str, calibration: Arrays, test: Arrays) -> dict[str, An
         "activations": name,
         "max_over_rms": float(np.abs(test).max() / np.sqrt(np.square(test).mean())),
         **{f"a8 {key}": signal_to_noise(found, test) for key, found in single.items()},
-        **{
-            short: signal_to_noise(choose_soft_edge(observer, form), test)
-            for short, form in (
-                ("a8se", "soft-edge"),
-                ("a8se8", "soft-edge8"),
-                ("a8se6", "soft-edge6"),
-                ("a4se4", "soft-edge4"),
-            )
-        },
+        "a8se": signal_to_noise(choose_soft_edge(observer, "soft-edge"), test),
+        "a8se8": signal_to_noise(choose_soft_edge(observer, "soft-edge8"), test),
+        "a8se6": signal_to_noise(choose_soft_edge(observer, "soft-edge6"), test),
+        "a4se4": signal_to_noise(choose_soft_edge(observer, "soft-edge4"), test),
     }
 
 
@@ -499,12 +324,13 @@ def main() -> None:
             (wanted,) = session.run(["logits"], {"ids": file.ids})
             np.testing.assert_allclose(logits, wanted, rtol=1e-3, atol=1e-3)
         report = Report(test, expected)
+        ids = np.stack([file.ids for file in calibration])
         for configuration in chosen:
             started = time.perf_counter()
-            path = quantized(configuration, model, calibration)
+            path = quantized(configuration, model, {"ids": ids})
             run = runner(path, arguments.engine)
             report.measured[configuration.name] = measure(run, test, expected)
-            apart = largest_difference(path, run, test[:2])
+            apart = largest_difference(path, run, [file.ids for file in test[:2]])
             seconds = time.perf_counter() - started
             row = report.row(configuration.name, configuration.reference)
             print(

@@ -90,9 +90,7 @@ def build_onnx(weights: Weights) -> onnx.ModelProto:
     constants: dict[str, npt.NDArray[Any]] = {
         "embedding": weights["embedding"],
         "head": weights["embedding"].T,
-        "two": np.array(2, np.float32),
         "epsilon": np.array(EPSILON, np.float32),
-        "last": np.array([-1], np.int64),
         "first": np.array([0], np.int64),
         "state": np.zeros((INNER, STATE), np.float32),
         "halves": np.array([INNER, INNER], np.int64),
@@ -168,7 +166,6 @@ def build_onnx(weights: Weights) -> onnx.ModelProto:
         [
             numpy_helper.from_array(np.ascontiguousarray(array), name)
             for name, array in constants.items()
-            if name != "two"
         ],
     )
     model = helper.make_model(
