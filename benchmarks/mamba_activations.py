@@ -17,7 +17,7 @@ three fixed scales, and with calibrated segments.
 
 Run from the repository root; the whole takes hours, so choose::
 
-    python -m benchmarks.mamba_activations --files 200 --only all/
+    python -m benchmarks.mamba_activations --files 200 --only 'all/*'
     python -m benchmarks.mamba_activations --activations
 """
 
@@ -28,6 +28,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from benchmarks.activation_histograms import draw
 from benchmarks.bootstrap import Bootstrap, decibels
 from benchmarks.mamba_configurations import (
     Arrays,
@@ -284,16 +286,19 @@ def main() -> None:
     """Print the tables, write JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, help="test files, evenly chosen; default: all")
-    parser.add_argument("--only", default="", help="configurations whose name holds this; a,b: any")
+    parser.add_argument(
+        "--only", default="*", help="names of configurations, by commas; * is any text"
+    )
     parser.add_argument("--engine", choices=["artefact", "onnxruntime"], default="artefact")
     parser.add_argument("--activations", action="store_true", help="only the activations")
     parser.add_argument("--list", action="store_true", help="names of the configurations")
+    parser.add_argument("--figure", type=Path, help="PNG to draw histograms of activations in")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     arguments = parser.parse_args()
     chosen = [
         configuration
         for configuration in configurations()
-        if any(part in configuration.name for part in arguments.only.split(","))
+        if any(fnmatchcase(configuration.name, part) for part in arguments.only.split(","))
     ]
     if arguments.list:
         for configuration in chosen:
@@ -316,6 +321,8 @@ def main() -> None:
     print(show_activations([*activations, *synthetic]), flush=True)
     written["activations"] = [*activations, *synthetic]
 
+    if arguments.figure is not None:
+        draw(before, arguments.figure)
     if not arguments.activations:
         run = float_runner(model)
         expected = np.stack([run(file.ids) for file in test])

@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from matplotlib.figure import Figure
 
+from benchmarks.activation_histograms import draw
 from benchmarks.bootstrap import Bootstrap, Estimate
 from benchmarks.mamba_configurations import (
     Run,
@@ -30,8 +31,6 @@ from benchmarks.mamba_configurations import (
     runner,
 )
 from benchmarks.tables import table
-from bitwright.quant.observers import Observer, TensorQuantization, choose_quantization
-from bitwright.quant.soft_edge import choose_soft_edge
 from examples.mamba_text import network, tasks
 from examples.mamba_text.text import START, Tokenizer
 
@@ -39,7 +38,6 @@ HERE = Path(__file__).resolve().parent
 CALIBRATION_LENGTH = 256
 
 Tokens = npt.NDArray[np.int64]
-Values = npt.NDArray[np.float32]
 
 
 def documents(name: str) -> list[str]:
@@ -137,7 +135,7 @@ def show(lines: Sequence[Line]) -> str:
     )
 
 
-def recorded(model: Path, rows: Sequence[Tokens]) -> dict[str, Values]:
+def recorded(model: Path, rows: Sequence[Tokens]) -> dict[str, npt.NDArray[np.float32]]:
     """What the scans take as x, of all rows one behind the other."""
     proto = onnx.load(model)
     names = [f"layer{layer}.u" for layer in range(network.LAYERS)]
@@ -150,66 +148,13 @@ def recorded(model: Path, rows: Sequence[Tokens]) -> dict[str, Values]:
     }
 
 
-def draw(values: Mapping[str, Values], path: Path) -> None:
-    """Draw histograms of what the scans take as x, and where the segments of each form end."""
-    figure = Figure(figsize=(9, 2.6 * len(values)), layout="constrained")
-    panes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
-    for pane, (name, array) in zip(panes, values.items(), strict=True):
-        observer = Observer(exact=True)
-        observer.update(array)
-        pane.hist(array.reshape(-1), bins=400, color="0.75", log=True)
-        pane.set_ylim(bottom=0.5)
-        low, high = pane.get_xlim()
-        plain = choose_quantization(observer, 8, method="percentile", percentile=99.9)
-        forms = (
-            ("a8, 99.9 %", plain, "tab:red", 0.92),
-            ("a8se, 99.9 %", _percentile(observer), "tab:blue", 0.82),
-            ("a8se8", choose_soft_edge(observer, "soft-edge8"), "tab:green", 0.72),
-        )
-        for label, quantization, color, height in forms:
-            for place, coarse in _edges(quantization):
-                if not low <= place <= high:
-                    continue
-                pane.axvline(place, color=color, linewidth=1)
-                if coarse:
-                    pane.annotate(
-                        coarse,
-                        (place, height),
-                        xycoords=("data", "axes fraction"),
-                        color=color,
-                        fontsize=7,
-                    )
-            pane.plot([], [], color=color, label=label)
-        pane.set_xlim(low, high)
-        pane.set_title(f"{name}: the largest is {np.abs(array).max():.1f}", fontsize=9)
-        pane.legend(fontsize=7, loc="center right")
-    panes[-1].set_xlabel(
-        "what the selective scan takes as x; lines: segments end, steps in figures"
-    )
-    figure.savefig(path, dpi=110)
-
-
-def _percentile(observer: Observer) -> TensorQuantization:
-    return choose_soft_edge(observer, "soft-edge", method="percentile", percentile=99.9)
-
-
-def _edges(quantization: TensorQuantization) -> list[tuple[float, str]]:
-    """Where segments end, and, left of it, how coarse the step is compared with the finest."""
-    if quantization.layout is None:
-        return [(place, "") for place in quantization.clip]
-    found = []
-    for sign, side in ((1, quantization.layout.positive), (-1, quantization.layout.negative)):
-        for segment in side:
-            place = sign * segment.last * quantization.scale
-            found.append((place, f"{1 << segment.shift}x"))
-    return found
-
-
 def main() -> None:
     """Print the table, draw the figure, write what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, help="held-out documents; default: all")
-    parser.add_argument("--only", default="", help="configurations whose name holds this; a,b: any")
+    parser.add_argument(
+        "--only", default="*", help="names of configurations, by commas; * is any text"
+    )
     parser.add_argument("--output", type=Path, help="folder for model, data, figure and figures")
     parser.add_argument("--engine", choices=["artefact", "onnxruntime"], default="artefact")
     arguments = parser.parse_args()
@@ -234,7 +179,7 @@ def main() -> None:
         chosen = [
             configuration
             for configuration in configurations()
-            if any(part in configuration.name for part in arguments.only.split(","))
+            if any(fnmatchcase(configuration.name, part) for part in arguments.only.split(","))
         ]
         counted = {task: len(rows) for task, rows in questions.rows.items()}
         print(f"{len(texts)} documents; sequences: {counted}", flush=True)
