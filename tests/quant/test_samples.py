@@ -335,7 +335,7 @@ def test_lengths_beyond_the_entries(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "shape", "message"),
+    "lengths, shape, message",
     [
         (np.ones((2, 1), np.int64), ["T"], "of shape"),
         (np.ones(2), ["T"], "float64"),
