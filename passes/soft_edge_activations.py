@@ -28,10 +28,10 @@ from tvm import relax
 from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.expressions import (
-    LAYER_OPERATORS,
     CallRewriter,
     bindings,
     constant,
+    is_integer_layer,
     is_move,
     node_name,
     operator,
@@ -64,7 +64,8 @@ class _Path:
     quantized, dequantized
         The variables of ``R.quantize`` and ``R.dequantize``.
     codes, values
-        Moves of codes, and of what they are dequantized to, in the order of execution.
+        Moves of codes, and of what they are dequantized to, in the order of execution; parts of a
+        split among them.
     scale
         Of the quantizer.
     """
@@ -161,9 +162,10 @@ class _Search:
 
         def back(expr: Any) -> tuple[Any, Any]:
             var, value = self._source(expr)
-            while is_move(value):
+            while is_move(value) or self._split(value) is not None:
                 moves.insert(0, value)
-                var, value = self._source(value.args[0])
+                split = self._split(value)
+                var, value = self._source((value if split is None else split).args[0])
             return var, value
 
         reader, value = back(expr)
@@ -188,6 +190,13 @@ class _Search:
             raise _OtherForm(f"{form}, not symmetrically as int8 with one scale")
         return _Path(var, reader, tuple(moves), tuple(values), np.float32(written.scale))
 
+    def _split(self, value: Any) -> Any | None:
+        """The split that a value is a part of."""
+        if not isinstance(value, relax.TupleGetItem):
+            return None
+        whole = self._value(value.tuple_value)
+        return whole if operator(whole) == "split" else None
+
     def _source(self, expr: Any) -> tuple[Any, Any]:
         """The last variable that renames an expression, and its value."""
         while isinstance(self._bound.get(expr), relax.Var):
@@ -207,10 +216,9 @@ class _Search:
             for user in self._users.get(var, []):
                 value = self._bound[user]
                 name = operator(value)
-                through = name not in (ops.SCAN, ops.COND, *LAYER_OPERATORS[:-1])
-                if name in LAYER_OPERATORS and operator(self._value(var)) == "dequantize":
+                if is_integer_layer(value, self._value):
                     layers.append((var, value))
-                elif through and user not in seen:
+                elif name not in (ops.SCAN, ops.COND) and user not in seen:
                     seen.add(user)
                     pending.append(user)
         if not layers:
@@ -225,6 +233,11 @@ class _Search:
 def _rebuilt(rewriter: CallRewriter, moves: Sequence[Any], data: Any, zero_point: int) -> Any:
     """The same moves of other data, whose element for 0 is ``zero_point``."""
     for move in moves:
+        if isinstance(move, relax.TupleGetItem):
+            split = rewriter.value(rewriter.visit_expr(move.tuple_value))
+            parts = rewriter.emit(same_move(split, data, zero_point))
+            data = rewriter.emit(relax.TupleGetItem(parts, move.index))
+            continue
         arguments = [rewriter.visit_expr(entry) for entry in move.args[1:]]
         call = relax.Call(move.op, [move.args[0], *arguments], move.attrs, move.ty_args, move.span)
         data = rewriter.emit(same_move(call, data, zero_point))

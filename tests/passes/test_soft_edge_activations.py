@@ -83,6 +83,36 @@ def _projection(emit: Callable[..., Any], data: Any) -> Any:
     return emit(op.matmul(data, stored))
 
 
+def test_parts_of_a_split() -> None:
+    def front(make: Front) -> Front:
+        def part(emit: Callable[..., Any], value: Any) -> Any:
+            both = emit(op.concat([value, value], axis=1))
+            whole = emit(op.split(make(emit, both), 2, axis=1))
+            return emit(relax.TupleGetItem(whole, 1))
+
+        return part
+
+    def quantized(emit: Callable[..., Any], value: Any) -> Any:
+        step, zero = relax.const(np.float32(S)), relax.const(np.int8(0), "int8")
+        both = emit(op.concat([value, value], axis=1))
+        whole = emit(op.split(emit(op.quantize(both, step, zero, axis=0)), 2, axis=1))
+        return emit(op.dequantize(emit(relax.TupleGetItem(whole, 1)), step, zero, axis=0))
+
+    def encoded(emit: Callable[..., Any], value: Any) -> Any:
+        step, zero = relax.const(np.float32(S / 4)), relax.const(np.int16(0), "int16")
+        both = emit(op.concat([value, value], axis=1))
+        codes = emit(ops.soft_edge_encode(both, step, layout=QUAMBA_SE))
+        part = emit(relax.TupleGetItem(emit(op.split(codes, 2, axis=1)), 1))
+        steps = emit(ops.soft_edge_decode(part, layout=QUAMBA_SE))
+        return emit(op.dequantize(steps, step, zero, axis=0))
+
+    assert_becomes(module({"x": quantized}), module({"x": encoded}))
+    before, expected = (
+        module({"x": front(make)}) for make in (pair(S), soft_edge(S / 4, QUAMBA_SE))
+    )
+    assert_becomes(before, expected)
+
+
 def test_a_projection_of_the_same_codes_keeps_them() -> None:
     def behind(emit: Callable[..., Any], output: Any, read: Any) -> Any:
         return relax.Tuple([output, emit(op.matmul(read["x"], _weights(emit)))])
@@ -106,6 +136,8 @@ def test_a_projection_of_the_same_codes_keeps_them() -> None:
 def _behind(make: Front) -> Callable[..., Any]:
     def behind(emit: Callable[..., Any], output: Any, _: Any) -> Any:
         gated = emit(op.multiply(output, emit(op.nn.silu(output))))
+        rotation = np.where(np.eye(CHANNELS), -1.0, 1.0).astype(np.float32)
+        gated = emit(op.matmul(gated, relax.const(rotation)))
         out = op.matmul(make(emit, gated), _weights(emit))
         return emit(out)
 
