@@ -25,7 +25,7 @@ from bitwright.quant.selective_scan import ROLES, selective_scans
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
 PERCENTILES = (99.0, 99.9, 99.99, 99.999, 100.0)
-TARGET = "bitfusion/eyeriss"
+TARGET = Path(__file__).with_name("every_form.yaml")
 Arrays = NDArray[Any]
 Run = Callable[[Arrays], Arrays]
 
