@@ -11,9 +11,9 @@ configuration on the same files.
 Two scopes: ``scan`` changes only what the selective scans take as x, in the recipe quamba; ``all``
 encodes every activation that a layer or a selective scan reads in one form.
 
-A second part is about the activations themselves: signal to noise of the recorded inputs of the
-scans, and of heavy-tailed random numbers (synthetic), in the best form of a single step, with the
-three fixed scales, and with calibrated segments.
+A second part, ``--activations``, is about the activations themselves: signal to noise of the
+recorded inputs of the scans, and of heavy-tailed random numbers (synthetic), in the best form of a
+single step, with the three fixed scales, and with calibrated segments.
 
 Run from the repository root; the whole takes hours, so choose::
 
@@ -290,7 +290,7 @@ def main() -> None:
         "--only", default="*", help="names of configurations, by commas; * is any text"
     )
     parser.add_argument("--engine", choices=["artefact", "onnxruntime"], default="artefact")
-    parser.add_argument("--activations", action="store_true", help="only the activations")
+    parser.add_argument("--activations", action="store_true", help="the second part")
     parser.add_argument("--list", action="store_true", help="names of the configurations")
     parser.add_argument("--figure", type=Path, help="PNG to draw histograms of activations in")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
@@ -312,18 +312,19 @@ def main() -> None:
     print(f"{len(calibration)} calibration files ({digest(calibration)}), {len(test)} test files")
     written: dict[str, Any] = {"calibration": digest(calibration), "test": digest(test)}
 
-    few = [test[index] for index in spread(len(test), 60)]
-    before, after = recorded(model, calibration), recorded(model, few)
-    activations = [activation_row(name, before[name], after[name]) for name in before]
-    halves = {name: np.split(values, 2) for name, values in heavy_tailed().items()}
-    synthetic = [activation_row(f"synthetic: {n}", *both) for n, both in halves.items()]
-    print(f"\nSQNR in dB of what the scans take as x, {len(few)} test files; then synthetic")
-    print(show_activations([*activations, *synthetic]), flush=True)
-    written["activations"] = [*activations, *synthetic]
+    if arguments.activations:
+        few = [test[index] for index in spread(len(test), 60)]
+        before, after = recorded(model, calibration), recorded(model, few)
+        activations = [activation_row(name, before[name], after[name]) for name in before]
+        halves = {name: np.split(values, 2) for name, values in heavy_tailed().items()}
+        synthetic = [activation_row(f"synthetic: {n}", *both) for n, both in halves.items()]
+        print(f"\nSQNR in dB of what the scans take as x, {len(few)} test files; then synthetic")
+        print(show_activations([*activations, *synthetic]), flush=True)
+        written["activations"] = [*activations, *synthetic]
 
-    if arguments.figure is not None:
-        draw(before, arguments.figure)
-    if not arguments.activations:
+        if arguments.figure is not None:
+            draw(before, arguments.figure)
+    else:
         run = float_runner(model)
         expected = np.stack([run(file.ids) for file in test])
         session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])

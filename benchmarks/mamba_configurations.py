@@ -178,7 +178,7 @@ def float_runner(model: Path) -> Run:
     from bitwright.importer import import_model
     from bitwright.passes.build import TRANSFORM, build
 
-    built = build(import_model(load(model)), targets.get(TARGET))
+    built = build(import_model(load(model)), targets.get("generic/systolic"))
     machine = relax.VirtualMachine(built.executable, tvm.cpu())
     parameters = tuple(map(tvm.runtime.tensor, built.parameters.values()))
     transformed = list(machine[TRANSFORM](parameters)) if parameters else []
