@@ -89,7 +89,7 @@ def _affine(node: ir.Node) -> tuple[ir.Value, Array, Array] | None:
 def _vector_operand(node: ir.Node) -> tuple[ir.Value, Array] | None:
     for value, other in zip(node.inputs, reversed(node.inputs), strict=True):
         vector = constant(other)
-        if value is None or vector is None or vector.dtype != np.float32:
+        if value is None or vector is None or not vector.ndim or vector.dtype != np.float32:
             continue
         if value.shape and vector.size == vector.shape[-1] == value.shape[-1]:
             return value, vector.reshape(-1)

@@ -20,6 +20,7 @@ ProgressCallback = Callable[[int, int], None]
 """Called with the number of samples done and their total."""
 
 LABELS = "labels"
+LENGTHS = "lengths"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,16 @@ class Samples:
     """Samples that fit the inputs of one model.
 
     An array whose rank is that of the model input holds its samples along the first axis and is
-    fed in batches. If all arrays have one axis more, each entry is one complete input.
+    fed in batches. If all arrays have one axis more, each entry is one complete input; entries of
+    different length are padded, and an array ``lengths`` says where along their first axis each
+    ends (that of the labels too, where they are padded alike).
 
     Parameters
     ----------
     source
         An .npz file, or a mapping of names to arrays. An array belongs to the model input of the
-        same name; a model with one input also takes the only array there is besides ``labels``.
+        same name; a model with one input also takes the only array there is besides ``labels`` and
+        ``lengths``.
     inputs
         The inputs of the model.
 
@@ -110,6 +114,7 @@ class Samples:
         )
         names = {entry.name for entry in inputs}
         self._labels = None if LABELS in names else columns.pop(LABELS, None)
+        self._lengths = None if LENGTHS in names else columns.pop(LENGTHS, None)
         if len(inputs) == 1 and not names & set(columns) and len(columns) == 1:
             columns = {inputs[0].name: next(iter(columns.values()))}
         if missing := [entry.name for entry in inputs if entry.name not in columns]:
@@ -129,6 +134,8 @@ class Samples:
         for entry, column in self._inputs.values():
             self._check(entry, column)
         lengths = {name: column.shape[0] for name, (_, column) in self._inputs.items()}
+        if self._lengths is not None:
+            lengths[LENGTHS] = self._check_lengths(self._lengths)
         if self._labels is not None:
             lengths[LABELS] = self._labels.shape[0] if self._labels.shape else 0
         if len(set(lengths.values())) != 1:
@@ -176,6 +183,37 @@ class Samples:
                 fix="add or remove samples, or export the model with a symbolic batch",
             )
         return batch
+
+    def _check_lengths(self, column: _Column) -> int:
+        """Number of lengths; refuse them where there is nothing that they could be about."""
+        where = f"{self.where}, array {LENGTHS!r}"
+        if self.batched:
+            raise DataError(
+                "there are lengths, and the samples stand in batches",
+                where=where,
+                fix="give every array one axis more: each entry is then one complete input",
+            )
+        if len(column.shape) != 1 or column.dtype.kind not in "iu":
+            raise DataError(
+                f"holds {column.dtype} of shape {list(column.shape)}",
+                where=where,
+                fix="store one whole number a sample",
+            )
+        if not self._padded():
+            raise DataError(
+                "there are lengths, and no input of the model has a symbolic first size",
+                where=where,
+                fix="leave them out, or export the model with a symbolic length",
+            )
+        return column.shape[0]
+
+    def _padded(self) -> dict[str, int]:
+        """Inputs whose first size is free, and how long their padded entries are."""
+        return {
+            name: column.shape[1]
+            for name, (entry, column) in self._inputs.items()
+            if entry.shape and not isinstance(entry.shape[0], int) and len(column.shape) > 1
+        }
 
     def _check(self, entry: ValueType, column: _Column) -> None:
         where = f"{self.where}, array {column.name!r}"
@@ -225,6 +263,7 @@ class Samples:
             for name, (_, column) in self._inputs.items()
         }
         labels = None if self._labels is None else self._labels.chunks(size)
+        lengths = None if self._lengths is None else self._lengths.chunks(1)
         done = 0
         while done < self.count:
             batch = {}
@@ -233,8 +272,27 @@ class Samples:
                 # Not array[0], which for a scalar input would be no array.
                 batch[name] = array if self.batched else array.reshape(array.shape[1:])
             count = min(size, self.count - done)
-            yield Batch(batch, None if labels is None else next(labels), count)
+            rows = None if labels is None else next(labels)
+            if lengths is not None:
+                batch, rows = self._cut(batch, rows, int(next(lengths)[0]), done)
+            yield Batch(batch, rows, count)
             done += count
+
+    def _cut(
+        self, batch: dict[str, Array], labels: Array | None, length: int, number: int
+    ) -> tuple[dict[str, Array], Array | None]:
+        """Leave out the padding of one entry."""
+        padded = self._padded()
+        if not 1 <= length <= min(padded.values()):
+            raise DataError(
+                f"sample {number} has length {length}, of at most {min(padded.values())}",
+                where=f"{self.where}, array {LENGTHS!r}",
+                fix="give lengths from 1 to the size of the padded samples",
+            )
+        cut = {name: array[:length] if name in padded else array for name, array in batch.items()}
+        if labels is not None and labels.ndim > 1 and labels.shape[1] in padded.values():
+            labels = labels[:, :length]
+        return cut, labels
 
     def _cast(self, array: Array, name: str, first: int) -> Array:
         """The samples from number ``first`` on, in the element type of the model input."""

@@ -302,3 +302,53 @@ def test_memory_holds_a_few_batches(tmp_path: Path, compressed: bool) -> None:
         tracemalloc.stop()
     assert total == expected
     assert peak < 4e6
+
+
+# -- different lengths ---------------------------------------------------------------------------
+
+
+def test_entries_end_where_lengths_say() -> None:
+    x = np.arange(24).reshape(3, 8)
+    data = {"x": x, "lengths": np.array([8, 1, 5]), "labels": x + 100}
+    samples = Samples(data, [value("x", ["T"], INT)])
+    batches = list(samples.batches(4))
+    assert [batch.samples for batch in batches] == [1, 1, 1]
+    for row, length, batch in zip(x, (8, 1, 5), batches, strict=True):
+        np.testing.assert_array_equal(batch.inputs["x"], row[:length])
+        assert batch.labels is not None
+        np.testing.assert_array_equal(batch.labels, row[None, :length] + 100)
+
+
+def test_only_what_has_a_free_length_is_cut() -> None:
+    data = {"x": np.ones((2, 6, 4)), "y": np.ones((2, 6)), "lengths": np.array([2, 3])}
+    samples = Samples(data, [value("x", ["T", 4]), value("y", [6])])
+    shapes = [(b.inputs["x"].shape, b.inputs["y"].shape) for b in samples.batches(1)]
+    assert shapes == [((2, 4), (6,)), ((3, 4), (6,))]
+
+
+@pytest.mark.parametrize("length", [0, -1, 9])
+def test_lengths_beyond_the_entries(length: int) -> None:
+    data = {"x": np.ones((2, 8)), "lengths": np.array([8, length])}
+    samples = Samples(data, [value("x", ["T"])])
+    with pytest.raises(DataError, match=f"sample 1 has length {length}"):
+        list(samples.batches(1))
+
+
+@pytest.mark.parametrize(
+    "lengths, shape, message",
+    [
+        (np.ones((2, 1), np.int64), ["T"], "of shape"),
+        (np.ones(2), ["T"], "float64"),
+        (np.ones(3, np.int64), ["T"], "different numbers"),
+        (np.ones(2, np.int64), [8], "no input of the model has a symbolic first size"),
+        (np.ones(2, np.int64), ["n", 8], "in batches"),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths: Array, shape: Sequence[Dim], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Samples({"x": np.ones((2, 8)), "lengths": lengths}, [value("x", shape)])
+
+
+def test_an_input_may_be_called_lengths() -> None:
+    samples = Samples({"lengths": np.ones((2, 3))}, [value("lengths", ["n", 3])])
+    assert collect(samples, 2, "lengths").shape == (2, 3)
