@@ -44,7 +44,7 @@ from bitwright.quant.quantizer import Calibration
 from bitwright.quant.refine import LayerChoice, Refinement
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
-__all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model"]
+__all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model", "values_read"]
 
 _MAX_CODE: Final = 65535
 _SEGMENTS: Final = 8
@@ -315,12 +315,12 @@ def _is_positive(value: ir.Value | None) -> bool:
 # -- segments ----------------------------------------------------------------------------------
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def values_read(node: onnx.NodeProto) -> set[str]:
     """Values that a node reads, those of its bodies included."""
     names = {name for name in node.input if name}
     for entry in node.attribute:
         for graph in (*((entry.g,) if entry.HasField("g") else ()), *entry.graphs):
-            inner = {name for value in graph.node for name in _reads(value)}
+            inner = {name for value in graph.node for name in values_read(value)}
             own = {value.name for value in (*graph.input, *graph.initializer)}
             own |= {name for value in graph.node for name in value.output}
             names |= (inner | {value.name for value in graph.output}) - own
@@ -333,7 +333,7 @@ def _split(
     """Cut a graph where one value alone leads on, into parts of about equal work."""
     graph = proto.graph
     nodes = list(graph.node)
-    reads = [_reads(node) for node in nodes]
+    reads = [values_read(node) for node in nodes]
     parameters = {
         name
         for s in slots
