@@ -53,12 +53,15 @@ class Package:
         SPDX expression, or a short text where there is none.
     members
         Path prefixes inside the wheel. Licence files are always unpacked too.
+    source
+        Whether the source archive is wanted though there are wheels.
     """
 
     name: str
     version: str
     licence: str
     members: tuple[str, ...]
+    source: bool = False
 
     @property
     def requirement(self) -> str:
@@ -167,7 +170,7 @@ def fetch(package: Package) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     # Unpack beside the final place, so that the rename stays on one file system.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=final.parent) as folder:
-        archive = _download(package, Path(folder) / "download")
+        archive = download(package, Path(folder) / "download")
         unpacked = Path(folder) / "unpacked"
         unpacked.mkdir()
         if _unpack(archive, package.members, unpacked) == 0:
@@ -184,12 +187,21 @@ def fetch(package: Package) -> Path:
     return final
 
 
-def _download(package: Package, folder: Path) -> Path:
+def download(package: Package, folder: Path) -> Path:
+    """Download a package's wheel, or its source archive where there is none, into a folder.
+
+    Raises
+    ------
+    FetchError
+        If pip cannot deliver it.
+    """
     base = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    attempts = (
+    attempts = [
         [*base, "--only-binary", ":all:", "-d", str(folder), package.requirement],
         [*base, "--no-binary", package.name, "-d", str(folder), package.requirement],
-    )
+    ]
+    if package.source:
+        del attempts[0]
     complaint = ""
     for command in attempts:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

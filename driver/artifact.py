@@ -38,7 +38,7 @@ from bitwright.errors import (
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Part
 from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
-from bitwright.vocabulary import Dim, PrecisionPlan
+from bitwright.vocabulary import ActivationFormat, Dim, Precision, PrecisionPlan
 
 __all__ = [
     "Artifact",
@@ -140,6 +140,8 @@ class LayerEntry(_Data):
         Weights, bias left out.
     weight_bytes, float_weight_bytes
         Bytes of the weights as they are packed, and as float32.
+    activation_format
+        ``int``, or which soft-edge codes the layer's inputs are.
     """
 
     name: str
@@ -151,12 +153,15 @@ class LayerEntry(_Data):
     weight_count: int
     weight_bytes: int
     float_weight_bytes: int
+    activation_format: ActivationFormat = "int"
 
     @property
     def precision(self) -> str:
         """Text form of the widths: ``w4a8``, or ``a8`` without weights."""
-        weights = f"w{self.weight_bits}" if self.weight_bits else ""
-        return f"{weights}a{self.activation_bits}"
+        if not self.weight_bits:
+            return f"a{self.activation_bits}"
+        bits = self.weight_bits, self.activation_bits
+        return str(Precision(*bits, self.activation_format))
 
 
 class HostOperator(_Data):

@@ -215,6 +215,11 @@ PerChannel = Annotated[
 Rotation = Annotated[
     bool, typer.Option(help="Whether --recipe quamba rotates the outputs of selective scans.")
 ]
+_METRICS = (
+    "top1, top<K>, char-accuracy, last-word, choice, choice-norm, cloze4, perplexity, per, wer, "
+    "agreement, mse, sqnr, a plug-in, or package.module:name"
+)
+
 Asymmetric = Annotated[
     bool, typer.Option("--asymmetric", help="Zero points for activations of both signs.")
 ]
@@ -405,9 +410,7 @@ def evaluate(
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
         str,
-        typer.Option(
-            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or package.module:name."
-        ),
+        typer.Option(help=f"{_METRICS}."),
     ] = "top1",
     engine: Annotated[
         Literal["onnxruntime", "reference"],
@@ -417,7 +420,7 @@ def evaluate(
         Literal["float", "fixed"], typer.Option(help="Multipliers of the integer reference.")
     ] = "float",
     against: Annotated[
-        Path | None, _file_option(help="The float model that mse and sqnr compare with.")
+        Path | None, _file_option(help="The float model that mse, sqnr and agreement compare with.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples of one run.")] = 32,
     as_json: Json = False,
@@ -563,10 +566,7 @@ def run(
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],
     metric: Annotated[
         str | None,
-        typer.Option(
-            help="top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
-            "package.module:name \\[default: top1]."
-        ),
+        typer.Option(help=f"{_METRICS} \\[default: top1]."),
     ] = None,
     float_model: Annotated[
         Path | None, _file_option("--float", help="The float model \\[default: what was compiled].")
@@ -778,13 +778,13 @@ def link(
 
 MetricName = Annotated[
     str,
-    typer.Option(
-        help="What the error is: top1, top<K>, mse, sqnr, per, wer, perplexity, a plug-in, or "
-        "package.module:name."
-    ),
+    typer.Option(help=f"What the error is: {_METRICS}."),
 ]
 Precisions = Annotated[
-    str | None, typer.Option(help="What layers may have, e.g. w4a4,w8a8 \\[default: all allowed].")
+    str | None,
+    typer.Option(
+        help="What layers may have, e.g. w4a4,w8a8,w8a8se8 \\[default: all allowed widths]."
+    ),
 ]
 Calibration = Annotated[Path | None, _file_option(help="Samples (.npz) to choose scales with.")]
 Validation = Annotated[Path | None, _file_option(help="Samples (.npz) to measure errors on.")]

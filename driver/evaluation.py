@@ -209,7 +209,8 @@ def evaluate(
         An .npz file or a mapping: one array a model input, and ``labels`` for metrics that compare
         with labels.
     metric
-        ``top1``, ``top5``, ``mse``, ``sqnr``, an installed plug-in, or ``package.module:Class``.
+        One of `bitwright.quant.metrics.metric_names` (``top1``, ``mse``, ``sqnr``, ``perplexity``
+        and others), ``top<K>``, an installed plug-in, or ``package.module:Class``.
     engine
         ``onnxruntime`` (graph optimisations off for quantized models), or ``reference``: the
         integer arithmetic of the accelerator, for quantized models.
@@ -309,6 +310,7 @@ class _Contender:
         self.seconds = 0.0
         self._run, self._metric, self._measure = run, metric, measure
         self._done = 0
+        self._where = ""
 
     def run(self, batch: Batch) -> dict[str, Array]:
         """Run a batch; only this is timed."""
@@ -327,6 +329,7 @@ class _Contender:
         where: str,
     ) -> None:
         """Measure the outputs of a batch; ``where`` is what the labels come from."""
+        self._where = where
         try:
             with np.errstate(all="ignore"):  # infinite outputs are found below
                 self._measure.update(outputs, batch.labels, expected)
@@ -339,6 +342,8 @@ class _Contender:
         """Value over all batches."""
         try:
             value = float(self._measure.value())
+        except DataError as error:  # what shows only when all labels are there
+            raise DataError(error.what, where=error.where or self._where, fix=error.fix) from None
         except Exception as error:
             raise _metric_fails(self._metric, error) from error
         if math.isnan(value):

@@ -29,15 +29,20 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from bitwright.errors import BitwrightError, ModelError, first_line
 from bitwright.import_builder import Builder, Expr, all_inputs, const, is_call
 from bitwright.import_loops import ControlFlow, renewed
+from bitwright.passes import ops
 from bitwright.passes.expressions import Sizes
 from bitwright.quant.float_ops import Array, FloatOperator, captured_values, make_session
 from bitwright.quant.graph import (
+    DECODE,
+    ENCODE,
+    SOFT_EDGE_DOMAIN,
     attribute,
     clamp_bounds,
     constant,
     data_inputs,
     elementwise_roots,
     is_move,
+    layout_of,
     loop_body,
 )
 from bitwright.quant.layers import layer_nodes, quantized_precision
@@ -113,7 +118,8 @@ def check_operators(model: Model) -> None:
     missing = [
         f"{node.op_type} {node.name!r}"
         for node in _all_nodes(model.graph)
-        if node.domain != "" or node.op_type not in known
+        if (node.domain != "" or node.op_type not in known)
+        and (node.domain != SOFT_EDGE_DOMAIN or node.op_type not in (ENCODE, DECODE))
     ]
     if missing:
         more = len(missing) - _MAX_LISTED
@@ -152,6 +158,10 @@ def _quantization(node: ir.Node, dtype: ir.DataType | None) -> TensorQuantizatio
         return None
     if scale is None or zero is None or scale.size != 1 or attribute(node, "block_size", 0):
         return None
+    source = node.inputs[0]
+    layout = None if source is None else layout_of(source.producer(), DECODE)
+    if layout is not None and not zero.item():
+        return TensorQuantization.soft_edge(layout, scale.item())
     signed = dtype.name.startswith("INT")
     return TensorQuantization(scale.item(), int(zero.item()), dtype.bitwidth, signed)
 
@@ -775,6 +785,31 @@ def _dequantize_linear(importer: _Importer, node: ir.Node) -> Any:
     return relax.op.dequantize(
         importer.expr(source), const(scale), const(zero_point), axis, "float32"
     )
+
+
+def _soft_edge_encode(importer: _Importer, node: ir.Node) -> Any:
+    source, step = node.inputs[0], importer.constant(node.inputs[1])
+    layout = layout_of(node, ENCODE)
+    assert source is not None
+    assert layout is not None
+    if step is None or step.size != 1:
+        raise ValueError("its step is computed, or more than one number")
+    array = importer.constant(source)
+    if array is not None:
+        importer.fold(node.outputs[0], layout.encode(array, step.item()))
+        return []
+    return ops.soft_edge_encode(importer.expr(source), const(step.reshape(())), layout=layout)
+
+
+def _soft_edge_decode(importer: _Importer, node: ir.Node) -> Any:
+    source, layout = node.inputs[0], layout_of(node, DECODE)
+    assert source is not None
+    assert layout is not None
+    array = importer.constant(source)
+    if array is not None:
+        importer.fold(node.outputs[0], layout.decode(array))
+        return []
+    return ops.soft_edge_decode(importer.expr(source), layout=layout)
 
 
 def _dequantized_blocks(importer: _Importer, node: ir.Node) -> Array:
@@ -1708,6 +1743,8 @@ _RULES: Final[dict[str, _Rule]] = {
     "OneHot": _one_hot,
     "Pow": _pow,
     "QuantizeLinear": _quantize_linear,
+    DECODE: _soft_edge_decode,
+    ENCODE: _soft_edge_encode,
     "ReduceMax": _reduce(relax.op.max),
     "ReduceMean": _reduce(relax.op.mean),
     "ReduceMin": _reduce(relax.op.min),
@@ -1742,7 +1779,7 @@ _ALIGNED = frozenset(
 # Operators on constants that have rules of their own, or do not give the same twice.
 _NOT_FOLDED = frozenset(
     "Bernoulli DequantizeLinear If Loop Multinomial QuantizeLinear RandomNormalLike"
-    " RandomUniformLike Scan".split()
+    f" RandomUniformLike Scan {ENCODE} {DECODE}".split()
 )
 
 # Inputs of TVM's converters that may be shapes with symbolic sizes.

@@ -233,7 +233,10 @@ def _prepare(
     measure = get_metric(settings.metric)
     scale = ErrorScale(settings.metric, measure.unit, measure.higher_is_better)
     asked = make_problem(settings, scale, 0.0)  # refuses what it does not understand
-    table = cost_table(accelerator, layers, cache=cache_file())
+    asked_for = {p for name in names for p in space.precisions(name)}
+    formats = [p for p in accelerator.soft_edge_precisions if p in asked_for]
+    every = (*accelerator.allowed_precisions, *formats)
+    table = cost_table(accelerator, layers, precisions=every, cache=cache_file())
     costs = Costs(accelerator, layers, table, vector_values=settings.vector_values)
     _check_gains(asked, space, costs)
 

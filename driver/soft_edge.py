@@ -119,6 +119,8 @@ class SoftEdge:
             for a, b in pairwise(side):
                 if a.limit is None or not a.last <= a.limit <= b.first or b.last <= a.last:
                     _refuse(self, f"segment {b} does not continue {a}")
+                if a.limit == b.first != a.last:
+                    _refuse(self, f"segment {a} takes the first value of {b}")
         info = np.iinfo(self.dtype)
         if self.code_min < info.min or self.code_max > info.max:
             _refuse(self, f"codes {self.code_min} to {self.code_max} do not fit {self.dtype}")
@@ -281,7 +283,9 @@ class SoftEdge:
             If edges are no whole numbers of finest steps that go up, or ratios no powers of two.
         """
         what = f"soft edge with edges {edges} and ratios {ratios}"
-        shifts = [float(np.log2(ratio / ratios[0])) if ratio > 0 else -1.0 for ratio in ratios]
+        if min(ratios) <= 0:
+            raise UsageError(f"{what}: ratios must be above 0")
+        shifts = [float(np.log2(ratio / ratios[0])) for ratio in ratios]
         steps = [edge / ratios[0] for edge in edges]
         whole = all(value == int(value) for value in (*shifts, *steps))
         if not whole or shifts != sorted(shifts) or steps != sorted(set(steps)) or steps[0] < 0:

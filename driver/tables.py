@@ -522,8 +522,10 @@ def _widths(accelerator: Accelerator) -> str:
     precisions = accelerator.precisions
     if precisions.tied:
         return str(precisions)
+    forms = [str(form)[1:] for form in precisions.soft_edge]  # 8se8
     weights, activations = (
-        "/".join(map(str, bits)) for bits in (precisions.weight_bits, precisions.activation_bits)
+        "/".join(map(str, entries))
+        for entries in (precisions.weight_bits, [*precisions.activation_bits, *forms])
     )
     return f"w{weights} a{activations}"
 

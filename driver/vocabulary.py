@@ -133,6 +133,21 @@ class Activation:
             raise PlanError(error.what, where=f"activation {text!r}", fix=error.fix) from None
 
     @classmethod
+    def of_format(cls, name: ActivationFormat) -> Activation:
+        """The form of a soft-edge format, which has one width."""
+        return cls(_FORMAT_BITS[name], name)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of a code in memory and on a link: 9 bits of ``soft-edge`` take 16."""
+        return 16 if self.format == "soft-edge" else self.bits
+
+    @property
+    def operand_bits(self) -> int:
+        """Bits that a multiplier is given: soft-edge codes are decoded to 16."""
+        return self.bits if self.format == "int" else 16
+
+    @classmethod
     def of(cls, value: Activation | str) -> Activation:
         """A form as it is, or read from its text form."""
         return value if isinstance(value, Activation) else cls.parse(value)

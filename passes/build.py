@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ from bitwright.passes.link_entry import (
     add_link_entry,
     read_transfers,
 )
-from bitwright.passes.ops import COND, SCAN
+from bitwright.passes.ops import COND, SCAN, SOFT_EDGE_ENCODE
 from bitwright.passes.pack_weights import PARAMETER_NAMES
 from bitwright.passes.partition_for_target import PRECISIONS
 from bitwright.passes.permute_channels import PERMUTED
@@ -49,7 +49,7 @@ from bitwright.passes.registry import DEFAULT, Pipeline
 from bitwright.targets import Accelerator
 from bitwright.targets.codegen import CODEGEN, read_layer
 from bitwright.targets.kernels.host import find, target
-from bitwright.vocabulary import Precision
+from bitwright.vocabulary import ActivationFormat, Precision
 
 __all__ = ["Built", "BuiltLink", "CompiledLayer", "HostOperator", "PassReport", "build"]
 
@@ -76,6 +76,8 @@ class CompiledLayer:
         Whether a kernel of bitwright computes it, or code that TVM makes.
     weight_count, weight_bytes
         Number of weights and what they take: ``ceil(bits * n / 8)``.
+    activation_format
+        ``int``, or which soft-edge codes the inputs are.
     """
 
     name: str
@@ -86,6 +88,7 @@ class CompiledLayer:
     kernel: bool
     weight_count: int
     weight_bytes: int
+    activation_format: ActivationFormat = "int"
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +417,7 @@ def _layers_in_loops(module: Any) -> dict[str, list[CompiledLayer]]:
                 True,
                 weights.size,
                 -(-precision.weight_bits * weights.size // 8),
+                precision.activation_format,
             )
             found.setdefault(node_name(loop), []).append(layer)
     return found
@@ -448,6 +452,7 @@ def _layers(
             kernels and read_layer(function) is not None,
             weights,
             -(-bits * weights // 8),
+            cast("ActivationFormat", str(attrs.get("activation_format", "int"))),
         )
         found[name] = [layer]
     # In the order in which main calls them.
@@ -495,6 +500,8 @@ def _reason(call: Any) -> str:
     name = operator(call)
     if name == SCAN:
         return "recurrent: a kernel with the loop over time inside"
+    if name == SOFT_EDGE_ENCODE:
+        return "it makes soft-edge codes of numbers that are no function of codes"
     if name in LAYER_OPERATORS:
         return "its operands are not both quantized"
     if name in ("mean", "sum") or name.startswith("nn.avg_pool"):

@@ -14,8 +14,9 @@ from tvm import relax, s_tir, sym, tirx
 from tvm.ir import GenericConst, Op, SourceName, Span
 
 from bitwright import errors
-from bitwright.passes.ops import COND, SCAN
+from bitwright.passes.ops import COND, SCAN, SOFT_EDGE_DECODE, layout_of
 from bitwright.quant.observers import TensorQuantization
+from bitwright.soft_edge import SoftEdge
 
 __all__ = [
     "LAYER_OPERATORS",
@@ -40,8 +41,10 @@ __all__ = [
     "operator",
     "quantizer",
     "rewriting",
+    "same_move",
     "scalar",
     "scans",
+    "soft_edge",
     "static_shape",
     "substituted",
     "with_span",
@@ -104,6 +107,19 @@ def is_move(call: Any) -> bool:
     return name in _MOVES and constant(call.args[0]) is None
 
 
+def same_move(call: Any, data: Any, zero_point: int) -> Any:
+    """Return the same move of other data; what is padded is the code of 0."""
+    if operator(call) == "nn.pad" and str(call.attrs.pad_mode) == "constant":
+        widths = [int(width) for width in call.attrs.pad_width]
+        return with_span(relax.op.nn.pad(data, widths, "constant", float(zero_point)), call)
+    return relax.Call(call.op, [data, *call.args[1:]], call.attrs, call.ty_args, call.span)
+
+
+def soft_edge(expr: Any) -> SoftEdge | None:
+    """Layout of codes where an expression decodes them; None for any other expression."""
+    return layout_of(expr) if operator(expr) == SOFT_EDGE_DECODE else None
+
+
 _NARROW = {
     "int8": {(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1): bits for bits in (2, 4)},
     "uint8": {(0, 2**bits - 1): bits for bits in (2, 4)},
@@ -126,7 +142,7 @@ def clip_bits(call: Any) -> int | None:
 def code_bits(
     codes: Any, value: Callable[[Any], Any], known: Mapping[Any, int] | None = None
 ) -> int:
-    """Width of codes: what ``R.clip`` left of the storage type.
+    """Width of codes: what ``R.clip`` left of the storage type, or a soft-edge layout needs.
 
     Parameters
     ----------
@@ -141,6 +157,8 @@ def code_bits(
         expr = value(codes)
         if known is not None and expr in known:
             return known[expr]
+        if (layout := soft_edge(expr)) is not None:
+            return layout.bits
         if operator(expr) == "clip":
             bits = clip_bits(expr)
             if bits is not None:
@@ -185,8 +203,13 @@ class Quantizer:
         """Whether one scale and one zero point serve the whole tensor."""
         return self.scale.size == 1 and self.zero_point.size == 1
 
-    def type(self, bits: int | None = None) -> TensorQuantization:
-        """Return the quantization, of ``bits`` bits where they are fewer than the storage has."""
+    def type(self, bits: int | None = None, layout: SoftEdge | None = None) -> TensorQuantization:
+        """Return the quantization, of ``bits`` bits where they are fewer than the storage has.
+
+        With a layout it is that of decoded soft-edge codes.
+        """
+        if layout is not None and not int(self.zero_point.item()):
+            return TensorQuantization.soft_edge(layout, float(self.scale.item()))
         signed = not self.dtype.startswith("u")
         return TensorQuantization(
             float(self.scale.item()),

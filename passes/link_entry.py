@@ -313,7 +313,14 @@ class _Entry:
     ) -> Any:
         """Call the kernel for one order."""
         data, weight = _types(layer)
-        spec = LayerKernel.of(link, order, data.dtype, weight.dtype, layer.spec.accumulator_bits)
+        spec = LayerKernel.of(
+            link,
+            order,
+            data.dtype,
+            weight.dtype,
+            layer.spec.accumulator_bits,
+            (data.layout, weight.layout),
+        )
         arguments = [operands.x, operands.w, operands.bases, operands.taps]
         arguments.append(self._places(rewriter, sent, link, order, operands, weight.dtype))
         if spec.uses_table:
@@ -405,7 +412,7 @@ class _Entry:
         words = math.prod(padded)
         x, flat = data, False
         if any(spec.pads):
-            zero_point, flat = spec.data.zero_point, _is_one(each)
+            zero_point, flat = spec.data.code_of_zero, _is_one(each)
             x = rewriter.builder_.emit_te(_padded, x, padded, traffic.pads, zero_point)
         if not flat:
             x = rewriter.emit(relax.op.reshape(x, (samples, each * words)))

@@ -5,7 +5,9 @@
     r = bitwright.scan(cls.body, captured, states, sequences)
                                                    ->  r = R.call_tir(cls.recurrence, ...)
 
-The body becomes loops inside the kernel; see ``bitwright.targets.kernels.recurrence``. A loop whose
+The body becomes loops inside the kernel; see ``bitwright.targets.kernels.recurrence``. Sequences
+that are codes in front of ``R.dequantize``, and of ``bitwright.soft_edge_decode``, enter the kernel
+as codes, which are decoded inside: what moves through memory are the codes. A loop whose
 body no kernel computes stays as it is; behind code generation it becomes a recursion over halves of
 the sequences that calls the body: right for any body, and slower (``passes/scan_recursion.py``).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from bitwright.passes import ops
 from bitwright.passes.expressions import (
     Array,
     CallRewriter,
+    Quantizer,
     Sizes,
     along,
     as_block,
@@ -36,9 +40,12 @@ from bitwright.passes.expressions import (
     operator,
     quantizer,
     scalar,
+    soft_edge,
 )
 from bitwright.passes.recognize_scan import recognize
+from bitwright.soft_edge import SoftEdge
 from bitwright.targets.kernels import code_matmul, emit, float_matmul, functions
+from bitwright.targets.kernels import soft_edge as kernels_soft_edge
 from bitwright.targets.kernels.host import Isa, find
 from bitwright.targets.kernels.recurrence import Recurrence, Value, kernel, ordered
 from bitwright.targets.kernels.spec import Codes
@@ -172,10 +179,61 @@ class _OtherForm(Exception):
     """The body is not of the form that a kernel computes."""
 
 
-class _Reader:
-    """Reads the body of a scan."""
+@dataclass(frozen=True)
+class _Coded:
+    """A sequence in codes.
 
-    def __init__(self, body: Any, captured: Sequence[Any], states: int, isa: Isa) -> None:
+    Attributes
+    ----------
+    codes
+        The sequence.
+    layout
+        Of soft-edge codes; None for others.
+    parameters
+        How they are dequantized, decoded where they are soft-edge codes.
+    """
+
+    codes: Any
+    layout: SoftEdge | None
+    parameters: Quantizer
+
+    @classmethod
+    def of(cls, rewriter: CallRewriter, expr: Any) -> _Coded | None:
+        """The codes behind a sequence; None if it is none of codes of one scale."""
+        found = quantizer(rewriter.value(expr), "dequantize")
+        if found is None or not found.holds_activations:
+            return None
+        decode = rewriter.value(found.operand)
+        layout = soft_edge(decode)
+        codes = found.operand if layout is None else decode.args[0]
+        return None if constant(codes) is not None else cls(codes, layout, found)
+
+
+class _Reader:
+    """Reads the body of a scan.
+
+    Parameters
+    ----------
+    body
+        The body.
+    captured
+        Arguments for its first parameters; constants where they are known.
+    states
+        Number of its states.
+    sequences
+        For each sequence, its codes if it has some.
+    isa
+        Instruction set of the kernel.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        captured: Sequence[Any],
+        states: int,
+        sequences: Sequence[_Coded | None],
+        isa: Isa,
+    ) -> None:
         self._body = body
         self._isa = isa
         self._sizes: dict[Any, Any] = {}
@@ -184,6 +242,7 @@ class _Reader:
         self._ranges: dict[Value, tuple[int, int]] = {}  # of integers, narrower than their type
         self.arguments: dict[Value, Any] = {}
         self._weights: dict[Value, Value] = {}
+        self._wide: dict[Value, Value] = {}  # int16 of soft-edge codes, as int32
         self._stacks: dict[Value, tuple[int, list[Value]]] = {}  # axis, and what is stacked
         parameters = list(body.params)
         for parameter, argument in zip(parameters, captured, strict=False):
@@ -198,12 +257,13 @@ class _Reader:
         self._states = [
             Value("state", self._shape(entry), self._dtype(entry)) for entry in parameters[:states]
         ]
-        self._elements = [
-            Value("element", self._shape(entry), self._dtype(entry))
-            for entry in parameters[states:]
-        ]
-        inputs = (*self._states, *self._elements)
-        self._values.update(zip(parameters, inputs, strict=True))
+        self._values.update(zip(parameters, self._states, strict=False))
+        self._elements = []
+        for parameter, coded in zip(parameters[states:], sequences, strict=True):
+            dtype = self._dtype(parameter if coded is None else coded.codes)
+            element = Value("element", self._shape(parameter), dtype)
+            self._elements.append(element)
+            self._values[parameter] = element if coded is None else self._read(element, coded)
 
     def read(self) -> Recurrence:
         """What a step computes."""
@@ -394,6 +454,28 @@ class _Reader:
         found = quantizer(call, "dequantize")
         if found is None:
             raise _OtherForm("a quantizer has computed parameters")
+        return self._numbers(self._wide.get(data, data), found)
+
+    def _read(self, data: Value, coded: _Coded) -> Value:
+        """What codes stand for."""
+        steps = data if coded.layout is None else _steps(data, coded.layout)
+        return self._numbers(steps, coded.parameters)
+
+    def _bitwright_soft_edge_decode(self, call: Any, data: Value) -> Value:
+        wide = _steps(data, ops.layout_of(call))
+        result = self._map(call, _cast("int32", "int16"), 0, [wide])
+        self._wide[result] = wide
+        return result
+
+    def _bitwright_soft_edge_encode(self, call: Any, data: Value, step: Value) -> Value:
+        layout = ops.layout_of(call)
+
+        def function(x: Expr, finest: Expr, lanes: int) -> Expr:
+            return kernels_soft_edge.encoded(layout, x, finest, lanes)
+
+        return self._map(call, function, 10, [data, step])
+
+    def _numbers(self, data: Value, found: Quantizer) -> Value:
         rank = len(data.shape)
         scale, zero_point = (
             along(array, found.axis, rank) for array in (found.scale, found.zero_point)
@@ -406,8 +488,8 @@ class _Reader:
             centred = emit.cast(x, "int32", lanes) - zero
             return emit.cast(centred, "float32", lanes) * step
 
-        operands = [data, self._constant(zero_point.astype(np.int32)), self._constant(scale)]
-        return self._map(call, function, 1, operands)
+        operands = (data, self._constant(zero_point.astype(np.int32)), self._constant(scale))
+        return Value("map", data.shape, "float32", operands, function, 1)
 
     def _bitwright_requantize(self, call: Any, sums: Value, multiplier: Value) -> Value:
         attrs = call.attrs
@@ -656,6 +738,15 @@ class _Reader:
         return Value("map", shape, left.dtype, (product, correction), corrected, 1)
 
 
+def _steps(data: Value, layout: SoftEdge) -> Value:
+    """Whole finest steps of soft-edge codes, int32."""
+
+    def function(x: Expr, lanes: int) -> Expr:
+        return kernels_soft_edge.decoded(layout, x, lanes)
+
+    return Value("map", data.shape, "int32", (data,), function, 3 * len(layout.pieces()))
+
+
 _CODES = ("int8", "uint8", "int16", "uint16")
 
 
@@ -708,20 +799,25 @@ class _Lowering:
             value if constant(value) is not None else given
             for value, given in zip(arguments, captured.fields, strict=True)
         ]
+        coded = [_Coded.of(rewriter, entry) for entry in sequences.fields]
+        read = [
+            entry if codes is None else codes.codes
+            for entry, codes in zip(sequences.fields, coded, strict=True)
+        ]
         try:
-            reader = _Reader(self._mod[body], arguments, len(states.fields), self._isa)
+            reader = _Reader(self._mod[body], arguments, len(states.fields), coded, self._isa)
             step = reader.read()
             length = tirx.Var("steps", "int64")
             primitive = kernel(step, "recurrence", length, self._isa)
         except (_OtherForm, UsageError, RecursionError):  # the last of very long bodies
             return call
         given = [*(reader.arguments[value] for value in step.captured)]
-        given += [*states.fields, *sequences.fields]
+        given += [*states.fields, *read]
         recognized = recognize(self._mod[body], arguments, len(states.fields))
         attributes = {"Composite": recognized.composite, "node": node_name(call) or var.name}
         for role, index in recognized.roles.items():
             # Captured values that no step needs are no parameters of the kernel.
-            source = [*arguments, *states.fields, *sequences.fields][index]
+            source = [*arguments, *states.fields, *read][index]
             places = [place for place, entry in enumerate(given) if entry.same_as(source)]
             attributes[role] = places[0] if index >= 0 and places else -1
         function = self._function(attributes, primitive, given, call)
@@ -768,8 +864,9 @@ class LowerScan:
 
     Requires: loops as calls of ``bitwright.scan``. Ensures: a loop that a kernel computes is a call
     of a private function with the attributes ``node`` (the ONNX node) and ``Composite`` (a name of
-    ``passes/recognize_scan.py``), whose body calls the kernel. Where it is a selective scan, the
-    attributes ``x``, ``dt``, ``B`` and ``C`` are indices of its parameters, -1 where none holds it.
+    ``passes/recognize_scan.py``), whose body calls the kernel; it takes the codes of sequences that
+    are dequantized. Where it is a selective scan, the attributes ``x``, ``dt``, ``B`` and
+    ``C`` are indices of its parameters, -1 where none holds it.
 
     Parameters
     ----------

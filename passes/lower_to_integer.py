@@ -10,7 +10,8 @@ The rules are those of ``docs/integer-semantics.md``, operator by operator, and 
     r = R.nn.relu(b)                               q1 = bitwright.requantize(b, M, low=0, ...)
     q1 = R.quantize(r, s_y, 0)
 
-Sums, products and averages of activations likewise; elementwise functions of codes become tables.
+Sums, products and averages of activations likewise; elementwise functions of codes become tables,
+in front of ``bitwright.soft_edge_encode`` too. Soft-edge codes are decoded to integers.
 Where a result leaves the integers it is ``float32(accumulator) * scale``.
 """
 
@@ -31,7 +32,6 @@ from bitwright.passes import ops
 from bitwright.passes.expressions import (
     Array,
     CallRewriter,
-    Quantizer,
     along,
     bindings,
     clip_bits,
@@ -43,6 +43,7 @@ from bitwright.passes.expressions import (
     quantizer,
     rewriting,
     scalar,
+    soft_edge,
     static_shape,
     with_span,
 )
@@ -175,6 +176,8 @@ class _Lowering:
             return self._called(rewriter, call, var)
         if name == "quantize":
             return self._quantize(rewriter, call, var)
+        if name == ops.SOFT_EDGE_ENCODE:
+            return self._encode(rewriter, call)
         if name == "clip":
             bits = self._bits.get(rewriter.value(call.args[0]))
             if bits is not None and bits <= (clip_bits(call) or 0):
@@ -212,7 +215,7 @@ class _Lowering:
             bits = (
                 None if stored is not None else code_bits(found.operand, rewriter.value, self._bits)
             )
-            described = found.type(bits)
+            described = found.type(bits, soft_edge(rewriter.value(found.operand)))
         if stored is not None:
             rank = stored.ndim
             zero_points = along(found.zero_point, found.axis, rank)
@@ -523,7 +526,7 @@ class _Lowering:
             )
         else:
             if value is None:
-                value = self._rescaled(rewriter, wanted)
+                value = self._rescaled(rewriter, wanted.operand)
             if value is None:
                 return call
             table = quantize_float(value.values(), output.scale, output)
@@ -533,9 +536,23 @@ class _Lowering:
         self._bits[rewriter.value(bound)] = output.bits
         return bound
 
-    def _rescaled(self, rewriter: CallRewriter, wanted: Quantizer) -> _Function | None:
+    def _encode(self, rewriter: CallRewriter, call: Any) -> Any:
+        """Soft-edge codes of a function of codes: a table; of sums as they leave the integers."""
+        step = scalar(call.args[1])
+        value = self._values.get(rewriter.value(call.args[0]))
+        if step is None or isinstance(value, _Accumulator):
+            return call
+        if value is None:
+            value = self._rescaled(rewriter, call.args[0])
+        if value is None:
+            return call
+        layout = ops.layout_of(call)
+        table = _tensor(layout.encode(value.values(), step), layout.dtype)
+        return with_span(relax.op.take(table, value.index(), axis=0, mode="clip"), call)
+
+    def _rescaled(self, rewriter: CallRewriter, operand: Any) -> _Function | None:
         """Codes that get another scale: a function of codes like any other."""
-        codes = self._codes(rewriter, wanted.operand)
+        codes = self._codes(rewriter, operand)
         if codes is None or codes.type is None or codes.stored is not None:
             return None
         kind = codes.type

@@ -185,7 +185,7 @@ def _inserting(name: str, layer: IntegerLayer, link: str) -> Any:
     operands = {"inputs": layer.data, "weights": layer.weights}
 
     def insert(rewriter: CallRewriter, call: Any, _var: Any) -> Any:
-        if operator(call) != "astype":
+        if operator(call) not in ("astype", ops.SOFT_EDGE_DECODE):
             return call
         for operand, expr in operands.items():
             if call.args[0].same_as(expr):

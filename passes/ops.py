@@ -33,9 +33,19 @@
     [2^word_bits], one a word), in each window; uint8 [samples, channels or groups, positions or 1,
     terms]. The attributes are those of the transfer of ``x``. A sorting unit computes it.
 
-The first two have a legalization, so a module that holds them compiles with TVM's own pipeline; the
-last two leave nothing behind there. ``LowerScan`` replaces the third; what it leaves, and the
-fourth, are replaced behind code generation (``scan_recursion.lower``, ``lower_cond.lower``).
+``bitwright.soft_edge_encode(x, step)``
+    Codes of ``x`` (float32) in a soft-edge layout whose finest step is ``step`` (float32, shape
+    []). The attribute ``layout`` is the text of a :class:`bitwright.soft_edge.SoftEdge`, which
+    says which type the codes have, and is the definition of both operators.
+
+``bitwright.soft_edge_decode(codes)``
+    Whole finest steps (int16) that codes of the attribute ``layout`` stand for: shifts, additions
+    and selections of integers. ``R.dequantize(steps, step, 0)`` makes numbers of them.
+
+The first two and the last two have a legalization, so a module that holds them compiles with TVM's
+own pipeline; transfers and orders leave nothing behind there. ``LowerScan`` replaces loops; what it
+leaves, and ``bitwright.cond``, are replaced behind code generation (``scan_recursion.lower``,
+``lower_cond.lower``).
 """
 
 from __future__ import annotations
@@ -51,17 +61,26 @@ from tvm.ir import Op
 from tvm.ir.op import register_op_attr
 from tvm.relax.transform.legalize_ops.common import register_legalize
 
+from bitwright.errors import UsageError
+from bitwright.soft_edge import SoftEdge
+from bitwright.targets.kernels import soft_edge
+
 __all__ = [
     "COND",
     "ORDER",
     "REQUANTIZE",
     "SCAN",
+    "SOFT_EDGE_DECODE",
+    "SOFT_EDGE_ENCODE",
     "TRANSFER",
     "UNPACK",
     "cond",
+    "layout_of",
     "order",
     "requantize",
     "scan",
+    "soft_edge_decode",
+    "soft_edge_encode",
     "transfer",
     "unpack",
 ]
@@ -70,6 +89,8 @@ COND = "bitwright.cond"
 ORDER = "bitwright.order"
 REQUANTIZE = "bitwright.requantize"
 SCAN = "bitwright.scan"
+SOFT_EDGE_DECODE = "bitwright.soft_edge_decode"
+SOFT_EDGE_ENCODE = "bitwright.soft_edge_encode"
 TRANSFER = "bitwright.transfer"
 UNPACK = "bitwright.unpack"
 
@@ -163,12 +184,62 @@ def order(x: Any, table: Any, *, layer: str, operand: str, link: str, order: str
     return relax.Call(Op.get(ORDER), [x, table], attrs=attributes)
 
 
+def soft_edge_encode(x: Any, step: Any, *, layout: SoftEdge | str) -> Any:
+    """Call ``bitwright.soft_edge_encode``; see the module's docstring.
+
+    Raises
+    ------
+    UsageError
+        If the text is no layout.
+    """
+    text = str(SoftEdge.parse(str(layout)))
+    attributes = tvm.ir.make_node("ir.DictAttrs", layout=text)
+    return relax.Call(Op.get(SOFT_EDGE_ENCODE), [x, step], attrs=attributes)
+
+
+def soft_edge_decode(codes: Any, *, layout: SoftEdge | str) -> Any:
+    """Call ``bitwright.soft_edge_decode``; see the module's docstring.
+
+    Raises
+    ------
+    UsageError
+        If the text is no layout.
+    """
+    text = str(SoftEdge.parse(str(layout)))
+    attributes = tvm.ir.make_node("ir.DictAttrs", layout=text)
+    return relax.Call(Op.get(SOFT_EDGE_DECODE), [codes], attrs=attributes)
+
+
+def layout_of(call: Any) -> SoftEdge:
+    """The layout of a call of either operator."""
+    return SoftEdge.parse(str(call.attrs["layout"]))
+
+
+def _like(call: Any, dtype: str) -> Any:
+    """The type of a call whose result has the shape of its first operand."""
+    operand = call.args[0].ty
+    if operand.shape is None:
+        return relax.TensorType(dtype=dtype, ndim=operand.ndim)
+    return relax.TensorType(operand.shape, dtype)
+
+
+def _soft_edge_encode_type(call: Any, _context: Any) -> Any:
+    return _like(call, layout_of(call).dtype)
+
+
+def _soft_edge_decode_type(call: Any, _context: Any) -> Any:
+    layout = layout_of(call)
+    dtype = str(call.args[0].ty.dtype)
+    if dtype != layout.dtype:
+        raise UsageError(
+            f"codes of the soft-edge layout {layout} are {layout.dtype}, not {dtype}",
+            fix="decode what soft_edge_encode returns",
+        )
+    return _like(call, "int16")
+
+
 def _requantize_type(call: Any, _context: Any) -> Any:
-    accumulator = call.args[0].ty
-    dtype = str(call.attrs["dtype"])
-    if accumulator.shape is None:
-        return relax.TensorType(dtype=dtype, ndim=accumulator.ndim)
-    return relax.TensorType(accumulator.shape, dtype)
+    return _like(call, str(call.attrs["dtype"]))
 
 
 def _unpack_type(call: Any, _context: Any) -> Any:
@@ -249,6 +320,30 @@ def _legalize_unpack(builder: Any, call: Any) -> Any:
     return builder.call_te(compute, *call.args, primfunc_name_hint="unpack")
 
 
+def _legalize_soft_edge_encode(builder: Any, call: Any) -> Any:
+    layout = layout_of(call)
+
+    def compute(x: Any, step: Any) -> Any:
+        def element(*indices: Any) -> Any:
+            return soft_edge.encoded(layout, x[indices], step[(0,) * len(step.shape)], 1)
+
+        return te.compute(x.shape, element, name="soft_edge_encode")
+
+    return builder.call_te(compute, *call.args, primfunc_name_hint="soft_edge_encode")
+
+
+def _legalize_soft_edge_decode(builder: Any, call: Any) -> Any:
+    layout = layout_of(call)
+
+    def compute(codes: Any) -> Any:
+        def element(*indices: Any) -> Any:
+            return soft_edge.decoded(layout, codes[indices], 1).astype("int16")
+
+        return te.compute(codes.shape, element, name="soft_edge_decode")
+
+    return builder.call_te(compute, *call.args, primfunc_name_hint="soft_edge_decode")
+
+
 def _legalize_order(_builder: Any, _call: Any) -> Any:
     # Nobody reads it: the transfers, which alone take it, are gone.
     return relax.const(np.zeros((0,) * _ORDER_AXES, np.uint8))
@@ -283,6 +378,8 @@ def register() -> None:
     """Register the operators, once a process."""
     _register(REQUANTIZE, ["accumulator", "multiplier"], _requantize_type, _legalize_requantize)
     _register(UNPACK, ["words"], _unpack_type, _legalize_unpack)
+    _register(SOFT_EDGE_ENCODE, ["x", "step"], _soft_edge_encode_type, _legalize_soft_edge_encode)
+    _register(SOFT_EDGE_DECODE, ["codes"], _soft_edge_decode_type, _legalize_soft_edge_decode)
     names = ["body", "captured", "states", "sequences"]
     _register(SCAN, names, lambda call, _context: call.ty_args[0])
     names = ["then", "otherwise", "condition", "captured"]

@@ -36,8 +36,9 @@ from bitwright.passes.expressions import (
     quantizer,
     rewriting,
     scalar,
+    soft_edge,
 )
-from bitwright.vocabulary import Precision
+from bitwright.vocabulary import Activation, Precision
 
 __all__ = ["PartitionForTarget"]
 
@@ -120,6 +121,10 @@ def _outline(graph: _Graph, end: Any, name: str, attrs: Mapping[str, Any]) -> tu
         value = graph.bound[expr]
         if operator(value) == "dequantize" and constant(value.args[0]) is None:
             codes = value.args[0]
+            decode = graph.value(codes)
+            if soft_edge(decode) is not None:  # it becomes part of the layer
+                pending.append((codes, decode))
+                codes = decode.args[0]
             if codes not in inputs:
                 inputs[codes] = emitted[codes] = relax.Var(codes.name, sizes.renewed(codes.ty))
         else:
@@ -154,7 +159,8 @@ class PartitionForTarget:
     Requires: dequantizers directly in front of layers (PropagateQuantization). Ensures: every
     convolution or matrix product of codes is the body of a private function with the attributes
     ``Composite`` (``bitwright.conv2d``, ...), ``layer`` (the ONNX node), ``target``,
-    ``weight_bits``, ``activation_bits``, ``input_bits`` and ``output_bits``.
+    ``weight_bits``, ``activation_bits``, ``input_bits`` and ``output_bits``; where its inputs are
+    soft-edge codes, which it decodes itself, also ``activation_format``.
 
     Parameters
     ----------
@@ -242,8 +248,13 @@ class PartitionForTarget:
             text = precisions.get(name)
             precision = Precision.parse(str(text)) if text is not None else None
             attributes["weight_bits"] = precision.weight_bits if precision else widths[weights]
-            attributes["activation_bits"] = widths[1 - weights]
-            if precision is None and all(width in (2, 4, 8, 16) for width in widths):
+            layout = soft_edge(graph.value(codes[1 - weights]))
+            form = Activation(8) if layout is None else layout.activation
+            attributes["activation_bits"] = widths[1 - weights] if layout is None else form.bits
+            if layout is not None:
+                attributes["activation_format"] = form.format
+                precision = Precision(attributes["weight_bits"], form.bits, form.format)
+            elif precision is None and all(width in (2, 4, 8, 16) for width in widths):
                 precision = Precision(
                     weight_bits=widths[weights], activation_bits=widths[1 - weights]
                 )

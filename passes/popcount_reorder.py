@@ -155,7 +155,7 @@ def _products(
             elif name in LAYER_OPERATORS:
                 why = f"a product in {call.ty.dtype} rounds, so its sum depends on their order"
                 _refuse(transfer, f"R.{name} takes it", why)
-            elif integer and (name == "astype" or _centres(call, sent)):
+            elif integer and (name in ("astype", ops.SOFT_EDGE_DECODE) or _centres(call, sent)):
                 pending.append(user)
             else:
                 what = f"{f'R.{name}' if name else 'another function'} takes it"

@@ -8,7 +8,9 @@ so it may carry codes just as well::
     q2 = R.quantize(R.dequantize(q1, s, z), s, z)       q2 = q1
     y = R.nn.relu(R.dequantize(q, s, z))                y = R.dequantize(R.maximum(q, z), s, z)
 
-Afterwards quantizers stand directly behind what computes, dequantizers directly in front of it.
+Soft-edge codes travel just so, in front of ``bitwright.soft_edge_decode`` and behind
+``bitwright.soft_edge_encode``. Afterwards quantizers stand directly behind what computes,
+dequantizers directly in front of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from bitwright.passes import ops
 from bitwright.passes.expressions import (
     Array,
     CallRewriter,
@@ -30,18 +33,12 @@ from bitwright.passes.expressions import (
     operator,
     quantizer,
     rewriting,
+    same_move,
+    soft_edge,
     with_span,
 )
 
 __all__ = ["PropagateQuantization"]
-
-
-def _moved(call: Any, data: Any, zero_point: int) -> Any:
-    """Return the same move of other data; what is padded is the code of 0."""
-    if operator(call) == "nn.pad" and str(call.attrs.pad_mode) == "constant":
-        widths = [int(width) for width in call.attrs.pad_width]
-        return with_span(relax.op.nn.pad(data, widths, "constant", float(zero_point)), call)
-    return relax.Call(call.op, [data, *call.args[1:]], call.attrs, call.ty_args, call.span)
 
 
 def _dequantize(codes: Any, parameters: Quantizer, axis: int | None = None) -> Any:
@@ -74,11 +71,15 @@ class _Propagation:
         name = operator(call)
         if name == "quantize":
             return self._quantize(rewriter, call)
+        if name == ops.SOFT_EDGE_ENCODE:
+            return self._encode(rewriter, call)
         if name == "clip" and str(var.ty.dtype) in ("int8", "uint8"):
             return self._narrow(rewriter, call)
         if name in ("concat", "split"):
             return self._several(rewriter, call)
         source = rewriter.value(call.args[0]) if call.args else None
+        if soft_edge(source) is not None and is_move(call):
+            return self._carried(rewriter, call, call.args[0], 0)
         found = quantizer(source, "dequantize")
         if found is None or not (name == "nn.relu" or is_move(call)):
             return call
@@ -89,11 +90,41 @@ class _Propagation:
             return call
         zero_point = int(found.zero_point)
         if name == "nn.relu":
-            zero = relax.const(np.array(zero_point, found.dtype))
-            moved = relax.op.maximum(found.operand, zero)
+            moved = self._at_least_zero(rewriter, found)
         else:
-            moved = _moved(call, found.operand, zero_point)
+            moved = self._carried(rewriter, call, found.operand, zero_point)
         return with_span(_dequantize(rewriter.emit(moved, var.name), found), call)
+
+    @staticmethod
+    def _carried(rewriter: CallRewriter, call: Any, codes: Any, zero_point: int) -> Any:
+        """The move of codes; of soft-edge codes in front of their decoder."""
+        decode = rewriter.value(codes)
+        layout = soft_edge(decode)
+        if layout is None:
+            return same_move(call, codes, zero_point)
+        inner = rewriter.emit(same_move(call, decode.args[0], layout.zero_point))
+        return ops.soft_edge_decode(inner, layout=layout)
+
+    @staticmethod
+    def _at_least_zero(rewriter: CallRewriter, found: Quantizer) -> Any:
+        """Relu of codes."""
+        decode = rewriter.value(found.operand)
+        layout = soft_edge(decode)
+        if layout is None:
+            zero = relax.const(np.array(found.zero_point, found.dtype))
+            return relax.op.maximum(found.operand, zero)
+        zero = relax.const(np.array(layout.zero_point, layout.dtype))
+        inner = rewriter.emit(relax.op.maximum(decode.args[0], zero))
+        return ops.soft_edge_decode(inner, layout=layout)
+
+    def _encode(self, rewriter: CallRewriter, call: Any) -> Any:
+        source = rewriter.value(call.args[0])
+        if not is_move(source) or constant(call.args[1]) is None:
+            return call
+        inner = relax.Call(call.op, [source.args[0], call.args[1]], call.attrs, None, call.span)
+        codes = self._encode(rewriter, inner)
+        codes = codes if isinstance(codes, relax.Var) else rewriter.emit(codes)
+        return same_move(source, codes, ops.layout_of(call).zero_point)
 
     @staticmethod
     def _constant(call: Any, found: Quantizer, codes: Array) -> Any:
@@ -128,7 +159,7 @@ class _Propagation:
         )
         codes = self._quantize(rewriter, with_span(inner, call))
         codes = codes if isinstance(codes, relax.Var) else rewriter.emit(codes)
-        return _moved(source, codes, int(wanted.zero_point))
+        return same_move(source, codes, int(wanted.zero_point))
 
     def _narrow(self, rewriter: CallRewriter, call: Any) -> Any:
         """Clip of codes to fewer bits: follows its quantizer, and cuts nothing twice."""
@@ -145,7 +176,7 @@ class _Propagation:
             rewriter, relax.Call(call.op, [data, *call.args[1:]], call.attrs, None, call.span)
         )
         clipped = clipped if isinstance(clipped, relax.Var) else rewriter.emit(clipped)
-        return _moved(source, clipped, 0)
+        return same_move(source, clipped, 0)
 
     @staticmethod
     def _several(rewriter: CallRewriter, call: Any) -> Any:
@@ -165,12 +196,24 @@ class _Propagation:
             if entry is None or not entry.same_parameters(first):
                 return call
             codes.append(entry.operand)
+        decoders = [rewriter.value(entry) for entry in codes]
+        layouts = {soft_edge(entry) for entry in decoders}
+        layout = layouts.pop() if len(layouts) == 1 else None
+        if layout is not None:
+            codes = [entry.args[0] for entry in decoders]
+
+        def decoded(codes: Any) -> Any:
+            if layout is None:
+                return codes
+            return rewriter.emit(ops.soft_edge_decode(codes, layout=layout))
+
         data = relax.Tuple(codes) if operator(call) == "concat" else codes[0]
-        moved = rewriter.emit(_moved(call, data, 0))
+        moved = rewriter.emit(same_move(call, data, 0))
         if operator(call) == "concat":
-            return with_span(_dequantize(moved, first), call)
+            return with_span(_dequantize(decoded(moved), first), call)
         count = len(moved.ty.fields)
         parts = [rewriter.emit(relax.TupleGetItem(moved, index)) for index in range(count)]
+        parts = [decoded(part) for part in parts]
         return relax.Tuple([rewriter.emit(_dequantize(part, first)) for part in parts])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,6 +18,7 @@ __all__ = ["DEFAULT", "Option", "PassInfo", "Pipeline", "available", "parse"]
 # Name to where the pass is, in the order in which a pipeline runs them.
 _PASSES = {
     "propagate-quantization": "propagate_quantization:PropagateQuantization",
+    "soft-edge": "soft_edge_activations:SoftEdgeActivations",
     "partition-for-target": "partition_for_target:PartitionForTarget",
     "lower-to-integer": "lower_to_integer:LowerToInteger",
     "permute-channels": "permute_channels:PermuteChannels",
@@ -29,6 +31,7 @@ _PASSES = {
 
 # They run only where they are named. Each needs what it is mapped to, which is then named, too.
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "soft-edge": (),
     "permute-channels": (),
     "materialize-transfers": (),
     "popcount-reorder": ("materialize-transfers",),
@@ -87,11 +90,12 @@ class Pipeline:
         return made
 
     def __str__(self) -> str:
+        def word(value: Any) -> str:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            return f"({text})" if set(text) & set(":,") else text
+
         def shown(options: Mapping[str, Any]) -> str:
-            words = (
-                f"{name}:{str(value).lower() if isinstance(value, bool) else value}"
-                for name, value in options.items()
-            )
+            words = (f"{name}:{word(value)}" for name, value in options.items())
             return "=" * bool(options) + ":".join(words)
 
         return ",".join(name + shown(options) for name, options in self.options.items())
@@ -155,7 +159,8 @@ def parse(text: str) -> Pipeline:
     Parameters
     ----------
     text
-        ``pass=option:value:option:value,pass=...``. What is not named keeps its defaults; optional
+        ``pass=option:value:option:value,pass=...``; ``pass=value`` sets the first option. A value
+        with colons or commas stands in parentheses. What is not named keeps its defaults; optional
         passes then do not run.
 
     Raises
@@ -165,13 +170,15 @@ def parse(text: str) -> Pipeline:
     """
     options: dict[str, dict[str, Any]] = {name: {} for name in _PASSES}
     named: set[str] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in _split(text, ","))):
         name, _, rest = part.partition("=")
         if name not in options:
             raise UsageError(f"there is no pass {name!r}", fix="there are " + ", ".join(options))
         named |= {name, *_OPTIONAL.get(name, ())}
         known = {option.name: option for option in available()[name].options}
-        words = rest.split(":") if rest else []
+        words = _split(rest, ":") if rest else []
+        if len(words) == 1 and known and words[0] not in known:
+            words = [next(iter(known)), *words]
         if len(words) % 2:
             raise UsageError(
                 f"{part!r} is no list of options of {name}", fix=f"write {name}=option:value"
@@ -182,7 +189,7 @@ def parse(text: str) -> Pipeline:
                     f"the pass {name} has no option {key!r}",
                     fix="it has " + (", ".join(known) or "none"),
                 )
-            options[name][key] = _read(value, known[key], name)
+            options[name][key] = _read(value.removeprefix("(").removesuffix(")"), known[key], name)
     return Pipeline(
         MappingProxyType(
             {
@@ -192,6 +199,11 @@ def parse(text: str) -> Pipeline:
             }
         )
     )
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split a text where it is not in parentheses."""
+    return re.split(rf"{separator}(?![^()]*\))", text)
 
 
 def _read(text: str, option: Option, name: str) -> object:

@@ -27,7 +27,7 @@ import onnxruntime as ort
 
 from bitwright.quant.float_ops import wrong_optimizers
 
-__all__ = ["BlockedLayout", "use_blocked_convolutions"]
+__all__ = ["BlockedLayout", "use_blocked_convolutions", "values_read"]
 
 _DOMAIN: Final = "com.microsoft.nchwc"
 _BLOCKS: Final = (8, 16, 4, 32)
@@ -248,10 +248,22 @@ def _move_reorders(graph: onnx.GraphProto) -> None:
             blocked[name], reorders[name] = node.output[0], like
             done.append(node)
             continue
-        for name in node.input:
+        for name in sorted(values_read(node)):
             standard(name)
         done.append(node)
     for value in graph.output:
         standard(value.name)
     del graph.node[:]
     graph.node.extend(done)
+
+
+def values_read(node: onnx.NodeProto) -> set[str]:
+    """Values that a node reads, those of its bodies included."""
+    names = {name for name in node.input if name}
+    for entry in node.attribute:
+        for graph in (*((entry.g,) if entry.HasField("g") else ()), *entry.graphs):
+            inner = {name for value in graph.node for name in values_read(value)}
+            own = {value.name for value in (*graph.input, *graph.initializer)}
+            own |= {name for value in graph.node for name in value.output}
+            names |= (inner | {value.name for value in graph.output}) - own
+    return names

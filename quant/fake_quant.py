@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
@@ -29,7 +29,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from bitwright.quant.blocked import BlockedLayout, use_blocked_convolutions
+from bitwright.quant.blocked import BlockedLayout, use_blocked_convolutions, values_read
 from bitwright.quant.emit import (
     Emitter,
     LayerConstants,
@@ -40,11 +40,14 @@ from bitwright.quant.emit import (
 from bitwright.quant.float_ops import Array, wrong_optimizers
 from bitwright.quant.graph import attribute, clamp_bounds, data_inputs, is_move, weight_input
 from bitwright.quant.observers import TensorQuantization, quantize_weights
+from bitwright.quant.prepare import add_initializer
 from bitwright.quant.quantizer import Calibration
 from bitwright.quant.refine import LayerChoice, Refinement
+from bitwright.quant.soft_edge_nodes import decode_attributes, encode_attributes
+from bitwright.soft_edge import SoftEdge
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
-__all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model", "values_read"]
+__all__ = ["FakeQuant", "FakeQuantModel", "Slot", "fake_quant_model"]
 
 _MAX_CODE: Final = 65535
 _SEGMENTS: Final = 8
@@ -65,6 +68,9 @@ class Slot:
     low, high
         float32 bounds of what is quantized; None where the codes of uint16 saturate by themselves,
         as no value is negative.
+    soft, segments
+        Whether the layer reads soft-edge codes, and the numbers of their segments, float32
+        [7, segments, 1]; None where no precision of the layer has such a format.
     layout
         How weights and bias lie in memory; None as in the model.
     """
@@ -76,6 +82,8 @@ class Slot:
     zero_point: str
     low: str | None
     high: str | None
+    soft: str | None = None
+    segments: str | None = None
     layout: BlockedLayout | None = None
 
 
@@ -164,7 +172,10 @@ def fake_quant_model(
         )
         for value, form in placement.wanted(plan)
     }
-    emitter = _SlotEmitter(found.model.ir, placement, plan, chosen, {}, found.per_channel)
+    soft = {name for name, form in found.quantizations if form.format != "int"}
+    emitter = _SlotEmitter(
+        found.model.ir, placement, plan, chosen, {}, found.per_channel, soft=soft
+    )
     emitter.run()
     RemoveUnusedNodesPass()(found.model.ir)
     NameFixPass()(found.model.ir)
@@ -200,6 +211,8 @@ class _SlotValues:
     zero_point: ir.Value
     low: ir.Value | None
     high: ir.Value | None
+    soft: ir.Value | None
+    segments: ir.Value | None
 
     def slot(self) -> Slot:
         def name(value: ir.Value | None) -> str | None:
@@ -213,15 +226,21 @@ class _SlotValues:
             str(self.zero_point.name),
             name(self.low),
             name(self.high),
+            name(self.soft),
+            name(self.segments),
         )
 
 
 class _SlotEmitter(Emitter):
-    """Writes elementwise quantizers as ever, and for layers graph inputs instead of constants."""
+    """Writes elementwise quantizers as ever, and for layers graph inputs instead of constants.
 
-    def __init__(self, *args: Any) -> None:
+    ``soft`` names the tensors that some precision reads in soft-edge codes.
+    """
+
+    def __init__(self, *args: Any, soft: Collection[str]) -> None:
         super().__init__(*args)
         self.slots: list[_SlotValues] = []
+        self._soft = soft
 
     def _layer(self, node: ir.Node) -> None:
         index = weight_input(node)
@@ -229,7 +248,7 @@ class _SlotEmitter(Emitter):
         name = str(node.name)
         source = LayerConstants.of(node, self._placement)
 
-        def parameter(kind: str, dtype: ir.DataType, shape: tuple[int, ...] = ()) -> ir.Value:
+        def parameter(kind: str, dtype: ir.DataType, shape: tuple[int | str, ...] = ()) -> ir.Value:
             value = ir.Value(
                 name=f"bitwright/{name}/{kind}", type=ir.TensorType(dtype), shape=ir.Shape(shape)
             )
@@ -238,6 +257,7 @@ class _SlotEmitter(Emitter):
 
         value = self._placement.layer_input(node)
         signed = not _is_positive(value)
+        soft = str(value.name) in self._soft
         values = _SlotValues(
             name,
             parameter("weights", ir.DataType.FLOAT, source.weights.shape),
@@ -246,6 +266,8 @@ class _SlotEmitter(Emitter):
             parameter("zero_point", ir.DataType.UINT16),
             parameter("low", ir.DataType.FLOAT) if signed else None,
             parameter("high", ir.DataType.FLOAT) if signed else None,
+            parameter("soft", ir.DataType.BOOL) if soft else None,
+            parameter("segments", ir.DataType.FLOAT, (7, f"{name}_segments", 1)) if soft else None,
         )
         # In front of a Pad, as onnxruntime makes one with the convolution behind it.
         user, position = node, 1 - index
@@ -255,25 +277,21 @@ class _SlotEmitter(Emitter):
             if len(value.uses()) > 1 or value.is_graph_output() or above is None:
                 break
             user, position, value, producer = producer, 0, above, above.producer()
-        operand = value
-        if values.low is not None:
-            clip = ir.node("Clip", [operand, values.low, values.high])
-            operand = self._append(user, clip, value, f"{name}/clipped", ir.DataType.FLOAT)
-        parameters = [values.scale, values.zero_point]
-        codes = self._append(
-            user,
-            ir.node("QuantizeLinear", [operand, *parameters]),
-            value,
-            f"{name}/codes",
-            ir.DataType.UINT16,
-        )
-        result = self._append(
-            user,
-            ir.node("DequantizeLinear", [codes, *parameters]),
-            value,
-            f"{name}/dequantized",
-            ir.DataType.FLOAT,
-        )
+        nodes = self._integers(value, values)
+        if values.soft is not None:
+            branches = {
+                branch: _branch(f"{name}/{branch}", inside)
+                for branch, inside in (
+                    ("then_branch", self._soft_edge(value, values)),
+                    ("else_branch", nodes),
+                )
+            }
+            nodes = [ir.node("If", [values.soft], branches)]
+            nodes[0].outputs[0].name = f"{name}/quantized"
+        for step in nodes:
+            self._current.insert_before(user, step)
+        result = nodes[-1].outputs[0]
+        result.shape, result.type = value.shape, ir.TensorType(ir.DataType.FLOAT)
         user.replace_input_with(position, result)
         node.replace_input_with(index, values.weights)
         if source.bias is not None or source.shiftable:
@@ -284,13 +302,72 @@ class _SlotEmitter(Emitter):
             user.replace_input_with(position, values.bias)
         self.slots.append(values)
 
-    def _append(
-        self, user: ir.Node, node: ir.Node, like: ir.Value, name: str, dtype: ir.DataType
-    ) -> ir.Value:
-        result = node.outputs[0]
-        result.name, result.shape, result.type = name, like.shape, ir.TensorType(dtype)
-        self._current.insert_before(user, node)
-        return result
+    @staticmethod
+    def _integers(value: ir.Value, values: _SlotValues) -> list[ir.Node]:
+        """Quantize and dequantize with one step."""
+        nodes: list[ir.Node] = []
+
+        def append(node: ir.Node, name: str, dtype: ir.DataType) -> ir.Value:
+            result = node.outputs[0]
+            result.name, result.shape, result.type = name, value.shape, ir.TensorType(dtype)
+            nodes.append(node)
+            return result
+
+        operand, name = value, values.layer
+        if values.low is not None:
+            clip = ir.node("Clip", [operand, values.low, values.high])
+            operand = append(clip, f"{name}/clipped", ir.DataType.FLOAT)
+        parameters = [values.scale, values.zero_point]
+        quantize = ir.node("QuantizeLinear", [operand, *parameters])
+        codes = append(quantize, f"{name}/codes", ir.DataType.UINT16)
+        dequantize = ir.node("DequantizeLinear", [codes, *parameters])
+        append(dequantize, f"{name}/dequantized", ir.DataType.FLOAT)
+        return nodes
+
+    def _soft_edge(self, value: ir.Value, values: _SlotValues) -> list[ir.Node]:
+        """Encode, decode and dequantize: :mod:`bitwright.quant.soft_edge_nodes` in one go.
+
+        Whole finest steps are exact in float32, so codes need not be written down.
+        """
+        nodes: list[ir.Node] = []
+
+        def compute(operator: str, *inputs: ir.Value, count: int = 1, **attributes: Any) -> Any:
+            node = ir.node(operator, inputs, attributes, num_outputs=count)
+            for result in node.outputs:
+                result.name = f"{values.layer}/soft_edge_{len(nodes)}_{result.index()}"
+            nodes.append(node)
+            return node.outputs if count > 1 else node.outputs[0]
+
+        def number(array: Array) -> ir.Value:
+            return add_initializer(self._graph, f"bitwright/{values.layer}/number", array)
+
+        assert values.segments is not None
+        flat = compute("Reshape", value, number(np.array([1, 1, -1])))
+        rows = compute("Split", values.segments, count=7, axis=0, num_outputs=7)
+        sign, first, doubled, last, limit, stride, gap = rows
+        distance = compute("Mul", compute("Div", flat, values.scale), sign)
+        places = compute("Mul", compute("Sub", distance, first), doubled)
+        zero, one, half = (number(np.array(n, np.float32)) for n in (0.0, 1.0, 0.5))
+        halves = compute("Floor", compute("Min", compute("Max", places, zero), last))
+        rounded = compute("Floor", compute("Mul", compute("Add", halves, one), half))
+        beyond = compute("Cast", compute("Greater", distance, limit), to=int(ir.DataType.FLOAT))
+        steps = compute("Add", compute("Mul", rounded, stride), compute("Mul", beyond, gap))
+        total = compute("ReduceSum", compute("Mul", steps, sign), number(np.array([1])))
+        scaled = compute("Mul", total, values.scale)
+        compute("Reshape", scaled, compute("Shape", value), allowzero=1)
+        return nodes
+
+
+def _branch(name: str, nodes: Sequence[ir.Node]) -> ir.Graph:
+    return ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, name=name)
+
+
+def _segment_numbers(layout: SoftEdge) -> npt.NDArray[np.float32]:
+    """What a slot is fed for a layout."""
+    encode, decode = encode_attributes(layout), decode_attributes(layout)
+    rows = [encode[name] for name in ("signs", "firsts", "doubled", "lasts", "limits")]
+    rows += [decode[name] for name in ("strides", "gaps")]
+    return np.array(rows, np.float32)[:, :, None]
 
 
 def _bias_shape(source: LayerConstants) -> tuple[int, ...]:
@@ -315,18 +392,6 @@ def _is_positive(value: ir.Value | None) -> bool:
 # -- segments ----------------------------------------------------------------------------------
 
 
-def values_read(node: onnx.NodeProto) -> set[str]:
-    """Values that a node reads, those of its bodies included."""
-    names = {name for name in node.input if name}
-    for entry in node.attribute:
-        for graph in (*((entry.g,) if entry.HasField("g") else ()), *entry.graphs):
-            inner = {name for value in graph.node for name in values_read(value)}
-            own = {value.name for value in (*graph.input, *graph.initializer)}
-            own |= {name for value in graph.node for name in value.output}
-            names |= (inner | {value.name for value in graph.output}) - own
-    return names
-
-
 def _split(
     proto: onnx.ModelProto, slots: Sequence[Slot], work: Mapping[str, float], count: int
 ) -> list[_Segment]:
@@ -334,12 +399,7 @@ def _split(
     graph = proto.graph
     nodes = list(graph.node)
     reads = [values_read(node) for node in nodes]
-    parameters = {
-        name
-        for s in slots
-        for name in (s.weights, s.bias, s.scale, s.zero_point, s.low, s.high)
-        if name
-    }
+    parameters = {name for slot in slots for name in parameters_of(slot)}
     fed = [value.name for value in graph.input if value.name not in parameters]
     constant = {tensor.name for tensor in graph.initializer} | parameters
     last: dict[str, int] = {}
@@ -417,7 +477,7 @@ def _is_sized(value: onnx.ValueInfoProto) -> bool:
 def parameters_of(slot: Slot) -> list[str]:
     """Names of all inputs of a slot."""
     names = (slot.weights, slot.bias, slot.scale, slot.zero_point, slot.low, slot.high)
-    return [name for name in names if name is not None]
+    return [name for name in (*names, slot.soft, slot.segments) if name is not None]
 
 
 def _blocked(
@@ -555,12 +615,11 @@ class FakeQuant:
                     for name, value in feed.items():
                         runner.binding.bind_ortvalue_input(name, value)
         # What a segment gives depends on the layers so far and on those they share scales with.
-        widths = {name: (plan[name].weight_bits, plan[name].activation_bits) for name in shared}
-        prefix: list[tuple[tuple[int, int], ...]] = []
+        prefix: list[tuple[Precision, ...]] = []
         self._prefixes = []
         for runner in self._runners:
             prefix += [
-                tuple(widths[name] for name in self._groups[self.model.data[slot.layer]])
+                tuple(plan[name] for name in self._groups[self.model.data[slot.layer]])
                 for slot in runner.segment.slots
             ]
             self._prefixes.append(self._numbers.setdefault(tuple(prefix), len(self._numbers)))
@@ -674,6 +733,13 @@ class FakeQuant:
             high = quantization.code_max - quantization.zero_point
             scale = np.float32(quantization.scale)
             feed[slot.scale] = _ort_value(scale, np.float32)
+            layout = quantization.layout
+            if slot.soft is not None and slot.segments is not None:
+                numbers = np.zeros((7, 1, 1)) if layout is None else _segment_numbers(layout)
+                feed[slot.soft] = _ort_value(layout is not None, np.bool_)
+                feed[slot.segments] = _ort_value(numbers, np.float32)
+                if layout is not None:  # what the branch of integers would read
+                    low, high = 0, _MAX_CODE
             if slot.low is not None and slot.high is not None:
                 feed[slot.low] = _ort_value(np.float32(low) * scale, np.float32)
                 feed[slot.high] = _ort_value(np.float32(high) * scale, np.float32)

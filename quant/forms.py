@@ -24,7 +24,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from bitwright.errors import ModelError, UsageError, first_line
-from bitwright.quant.fake_quant import values_read
+from bitwright.quant.blocked import values_read
 from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.graph import weight_input
 from bitwright.quant.layers import layer_nodes

@@ -23,9 +23,15 @@ from bitwright.errors import DataError, UsageError
 from bitwright.quant.float_ops import Array
 
 __all__ = [
+    "Agreement",
     "Bounded",
+    "CharacterAccuracy",
+    "Choice",
+    "Cloze4",
+    "LastWord",
     "MeanSquaredError",
     "Metric",
+    "NormalizedChoice",
     "Perplexity",
     "PhoneErrorRate",
     "Sqnr",
@@ -267,6 +273,19 @@ class WordErrorRate(_ErrorRate):
         self._add([row[row > 0] for row in labels], [path[path > 0] for path in paths])
 
 
+def _losses(logits: Array, tokens: Array) -> Array:
+    """Negative log-likelihood [places] of tokens [places] under logits [places, vocabulary]."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    right = np.take_along_axis(logits, tokens.astype(np.int64)[:, None], -1)[:, 0]
+    # In place: logits are the largest array around.
+    losses: Array = np.log(np.exp(logits, out=logits).sum(axis=-1)) - right
+    return losses
+
+
+_TOKENS_FIX = "store the token to predict at every place, and a negative number where there is none"
+
+
 class Perplexity:
     """Exponential of the mean negative log-likelihood of the labels.
 
@@ -292,19 +311,11 @@ class Perplexity:
         scores = next(iter(outputs.values()))
         assert labels is not None
         labels = _labels_of_vectors(scores, labels)
-        _refuse_labels(
-            labels,
-            None,
-            scores.shape[-1],
-            "store the token to predict at every place, and a negative number where there is none",
-        )
-        tokens = labels[labels >= 0].astype(np.int64)
-        logits = scores[labels >= 0].astype(np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        right = np.take_along_axis(logits, tokens[:, None], -1)
-        # In place: logits are the largest array around.
-        self._loss += float(np.log(np.exp(logits, out=logits).sum(axis=-1)).sum() - right.sum())
-        self._count += tokens.size
+        _refuse_labels(labels, None, scores.shape[-1], _TOKENS_FIX)
+        counted = labels >= 0
+        losses = _losses(scores[counted], labels[counted])
+        self._loss += float(losses.sum())
+        self._count += losses.size
 
     def value(self) -> float:
         """Perplexity; infinite if it is larger than any float."""
@@ -314,6 +325,201 @@ class Perplexity:
             return math.exp(self._loss / self._count)
         except OverflowError:
             return math.inf
+
+
+class _Share:
+    """Share of what is right."""
+
+    unit: ClassVar[str] = "fraction"
+    higher_is_better: ClassVar[bool] = True
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    def __init__(self) -> None:
+        self._right = self._total = 0
+
+    def value(self) -> float:
+        """Share."""
+        return self._right / self._total if self._total else math.nan
+
+
+class CharacterAccuracy(_Share):
+    """Share of places whose highest score is the label's.
+
+    The first output holds scores [..., classes], the labels [...] the class at every place, or a
+    negative number where the place does not count.
+    """
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the places of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        labels = _labels_of_vectors(scores, labels)
+        fix = "store the class at every place, and a negative number where it does not count"
+        _refuse_labels(labels, None, scores.shape[-1], fix)
+        counted = labels >= 0
+        self._right += int(np.count_nonzero(scores.argmax(axis=-1)[counted] == labels[counted]))
+        self._total += int(np.count_nonzero(counted))
+
+
+class Agreement(_Share):
+    """Share of places whose highest score is that of the float model; first output [..., classes].
+
+    Of equal scores the first class counts, in both.
+    """
+
+    needs: ClassVar[Literal["labels", "outputs"]] = "outputs"
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,  # noqa: ARG002 - part of the protocol
+        expected: Mapping[str, Array],
+    ) -> None:
+        """Add the places of a batch."""
+        name, wanted = next(iter(expected.items()))
+        scores = outputs[name]
+        if scores.shape != wanted.shape or scores.ndim < 1:
+            raise DataError(
+                f"output {name!r} has shape {list(scores.shape)}, that of the float model "
+                f"{list(wanted.shape)}; agreement compares vectors of scores"
+            )
+        same = scores.argmax(axis=-1) == wanted.argmax(axis=-1)
+        self._right += int(np.count_nonzero(same))
+        self._total += int(same.size)
+
+
+class LastWord(_Share):
+    """Share of samples whose last word is predicted, all its tokens greedily.
+
+    The first output holds logits [..., time, vocabulary], the labels [..., time] the token to
+    predict at the places of the last word (nothing is shifted), and a negative number elsewhere. A
+    sample, a row of the labels, is right if the highest logit at each of its places is the label's:
+    the accuracy of LAMBADA (Paperno et al., 2016) as lm-eval measures it.
+    """
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the samples of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        labels = _labels_of_vectors(scores, labels)
+        _refuse_labels(labels, None, scores.shape[-1], _TOKENS_FIX)
+        if labels.ndim < 1:
+            raise DataError(
+                f"outputs of shape {list(scores.shape)} have no axis of time",
+                fix="the last word is measured on logits [..., time, vocabulary]",
+            )
+        rows = labels.reshape(-1, labels.shape[-1])
+        counted = rows >= 0
+        if not counted.any(axis=-1).all():
+            raise DataError(
+                "a sample has no last word: all its labels are negative", fix=_TOKENS_FIX
+            )
+        found = scores.argmax(axis=-1).reshape(rows.shape)
+        self._right += int(((found == rows) | ~counted).all(axis=-1).sum())
+        self._total += len(rows)
+
+
+_CHOICE_FIX = (
+    "a row of the labels is [item, 1 for the right option or 0, length of the option in "
+    "characters, then the tokens to predict, negative where the place is not of the option]"
+)
+
+
+class Choice:
+    """Multiple choice by log-likelihood: share of items whose right option is the likeliest.
+
+    Every sample is one option behind its context. The first output holds logits [samples, time,
+    vocabulary]; the labels [samples, 3 + time] hold the number of the item, 1 for the right option
+    (otherwise 0), the length of the option in characters, and from there on, as for the perplexity,
+    the token to predict at the places of the option, and a negative number elsewhere. Samples of
+    one number are one item; any item may have any number of options from two on.
+
+    The likelihoods of an option's tokens are multiplied; of equal options the first wins. That is
+    ``acc`` of lm-eval.
+    """
+
+    unit: ClassVar[str] = "fraction"
+    higher_is_better: ClassVar[bool] = True
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    options: ClassVar[int | None] = None
+    by_length: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        # Of every item its options: log-likelihood, and whether it is the right one.
+        self._items: dict[int, list[tuple[float, bool]]] = {}
+
+    def update(
+        self,
+        outputs: Mapping[str, Array],
+        labels: Array | None,
+        expected: Mapping[str, Array],  # noqa: ARG002 - part of the protocol
+    ) -> None:
+        """Add the options of a batch."""
+        scores = next(iter(outputs.values()))
+        assert labels is not None
+        if scores.ndim == 2:  # a model without a batch
+            scores = scores[None]
+        if scores.ndim != 3 or labels.shape != (scores.shape[0], scores.shape[1] + 3):
+            raise DataError(
+                f"labels of shape {list(labels.shape)} do not fit outputs of shape "
+                f"{list(scores.shape)}",
+                fix=_CHOICE_FIX,
+            )
+        _refuse_labels(labels[:, 3:], None, scores.shape[-1], _CHOICE_FIX)
+        for row, logits in zip(labels, scores, strict=True):
+            item, right, length, tokens = int(row[0]), int(row[1]), int(row[2]), row[3:]
+            counted = tokens >= 0
+            if right not in (0, 1) or length < 1 or not counted.any():
+                raise DataError(
+                    f"an option of item {item} begins {[right, length]} and has "
+                    f"{int(counted.sum())} tokens",
+                    fix=_CHOICE_FIX,
+                )
+            likelihood = -float(_losses(logits[counted], tokens[counted]).sum())
+            if self.by_length:
+                likelihood /= length
+            self._items.setdefault(item, []).append((likelihood, right == 1))
+
+    def value(self) -> float:
+        """Share of items."""
+        chosen = 0
+        for item, options in self._items.items():
+            if self.options is not None and len(options) != self.options:
+                raise DataError(
+                    f"item {item} has {len(options)} options, not {self.options}",
+                    fix="the metric `choice` takes any number of them",
+                )
+            rights = [right for _, right in options]
+            if len(options) < 2 or sum(rights) != 1:
+                raise DataError(
+                    f"item {item} has {len(options)} options, {sum(rights)} of them right",
+                    fix=f"an item has at least two options, one of them right; {_CHOICE_FIX}",
+                )
+            chosen += rights[int(np.argmax([likelihood for likelihood, _ in options]))]
+        return chosen / len(self._items) if self._items else math.nan
+
+
+class NormalizedChoice(Choice):
+    """:class:`Choice` by log-likelihood a character of the option: ``acc_norm`` of lm-eval."""
+
+    by_length = True
+
+
+class Cloze4(Choice):
+    """:class:`Choice` among exactly four options."""
+
+    options = 4
 
 
 def _sum_of_squares(a: Array, b: Array | None = None) -> float:

@@ -674,12 +674,20 @@ class Reference:
                 return None
             result = _with_bias(result, bias, behind if node.op_type == "Conv" else 0)
         if result is not None and self._observe is not None:
-            first, second = (
-                Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
-                for entry in (data, weights)
-            )
+            first, second = (_operand_of(entry) for entry in (data, weights))
             self._observe(Operands(node, first, second, weights_left, weights.stored, self._batch))
         return result
+
+
+def _operand_of(entry: _Codes) -> Operand:
+    """Codes as they are stored: soft-edge ones are decoded in front of the multiplier only."""
+    layout = None if entry.quantization is None else entry.quantization.layout
+    if layout is None:
+        return Operand(entry.codes, entry.zero_point, entry.bits, entry.signed)
+    dtype = np.dtype(layout.dtype)
+    codes = layout.encode(entry.codes, 1.0).astype(np.int64)  # steps stand for themselves
+    zero_point = np.asarray(layout.zero_point, np.int64)
+    return Operand(codes, zero_point, 8 * dtype.itemsize, dtype.kind == "i")
 
 
 def _has_quantizers(node: ir.Node) -> bool:

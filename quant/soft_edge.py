@@ -44,6 +44,7 @@ _Judged: TypeAlias = tuple[float, tuple[_Side, _Side], float]  # error, layout, 
 
 _BITS: Final[dict[ActivationFormat, int]] = {"soft-edge8": 8, "soft-edge6": 6, "soft-edge4": 4}
 _SCALE_CODES: Final = 127  # of a calibrated range: that of Quamba's int8
+_BEYOND: Final = (1.0, 1.4, 2.0, 395 / 127)  # ends of layouts, relative to a given range
 _STEPS: Final = 128  # candidates for the step of a fixed layout
 
 _SHIFTS: Final = 7  # steps up to 64 times the finest: values stay below 2^14
@@ -114,9 +115,10 @@ def choose_soft_edge(
         ``soft-edge``, ``soft-edge8``, ``soft-edge6`` or ``soft-edge4``.
     method
         ``minmax``, ``percentile``: the magnitude that is kept, as for integers. With ``soft-edge``
-        the scale is that over 127, as in Quamba, and outliers reach 3.1 times as far; calibrated
-        layouts cover exactly this range. ``mmse``: whatever leaves the least expected squared
-        error.
+        the scale is that over 127, as in Quamba, and outliers reach 395/127 = 3.1 times as far.
+        Calibrated layouts keep this range too, and may reach as far beyond it, but not beyond the
+        extremes, where that leaves the less error. ``mmse``: whatever leaves the least expected
+        squared error.
     percentile
         In percent, above 0 and at most 100.
 
@@ -143,7 +145,9 @@ def choose_soft_edge(
     bits = _BITS[format]
     if empty:
         return TensorQuantization.soft_edge(single_step(bits, 0), 1.0)
-    candidates = [_search(observer, bits, low, high, free=False)]
+    extremes = min(observer.minimum, 0.0), max(observer.maximum, 0.0)
+    ranges = {(max(low * part, extremes[0]), min(high * part, extremes[1])) for part in _BEYOND}
+    candidates = [_search(observer, bits, *ends, free=False) for ends in sorted(ranges)]
     step = _step((high - low) / ((1 << bits) - 1))
     below = round(-low / step)
     candidates.append(TensorQuantization.soft_edge(single_step(bits, below), step))
@@ -369,13 +373,17 @@ def _search(
     errors = (lengths / codes) ** 2 * masses / 12.0
     errors += below.clipped[:, None] + above.clipped[None, :]
     errors[lengths == 0.0] = np.inf
+
+    def fits(shape: tuple[_Side, _Side]) -> bool:
+        return free or math.isfinite(_least_step(shape, low, high))
+
     shapes: dict[tuple[_Side, _Side], float] = {}
     for i, j in _best_pairs(errors, below.edges[:, 2], above.edges[:, 2]):
         step = float(lengths[i, j]) / codes
         shape = _whole(
             below.edges[i], below.shifts[i], above.edges[j], above.shifts[j], step, codes
         )
-        if shape is not None and (free or math.isfinite(_least_step(shape, low, high))):
+        if shape is not None and fits(shape):
             shapes.setdefault(shape, step)
 
     def judge(entries: dict[tuple[_Side, _Side], float], around: Floats) -> list[_Judged]:
@@ -399,8 +407,8 @@ def _search(
     for number, start in enumerate(results):
         best = start
         for _ in range(_ROUNDS):
-            nearby = dict.fromkeys(_neighbours(best[1], low, high), best[2])
-            if free:
+            nearby = {shape: best[2] for shape in _neighbours(best[1]) if fits(shape)}
+            if free and nearby:
                 ranked = judge(nearby, _NEARBY[1:2])[:_FAVOURITES]
                 nearby = {shape: step for _, shape, step in ranked}
             found = judge(nearby, _NEARBY)[:1] if nearby else []
@@ -458,16 +466,24 @@ def _tidy(
 
 
 def _least_step(shape: tuple[_Side, _Side], low: float, high: float) -> float:
-    """The finest step with which a layout reaches both ends of a range."""
+    """The finest step with which a layout reaches both ends of a range.
+
+    Infinite where a side then reaches beyond its end by a step of its last segment, or more.
+    """
     reach = [sum(codes << shift for codes, shift in side) for side in shape]
-    if (low < 0.0 and not reach[0]) or (high > 0.0 and not reach[1]):
+    ends = (-low, high)
+    if any(bool(codes) != (end > 0.0) for codes, end in zip(reach, ends, strict=True)):
         return math.inf
-    return max(-low / max(reach[0], 1), high / max(reach[1], 1), MIN_SCALE)
+    pairs = [
+        (side, codes, end) for side, codes, end in zip(shape, reach, ends, strict=True) if codes
+    ]
+    step = max(end / codes for _, codes, end in pairs)
+    if any((codes - (1 << side[-1][1])) * step >= end for side, codes, end in pairs):
+        return math.inf
+    return step
 
 
-def _neighbours(
-    shape: tuple[_Side, _Side], low: float, high: float
-) -> Iterator[tuple[_Side, _Side]]:
+def _neighbours(shape: tuple[_Side, _Side]) -> Iterator[tuple[_Side, _Side]]:
     """Layouts with codes moved from one segment to another, or another step of one segment."""
     below, above = shape
     total = sum(codes for side in shape for codes, _ in side)
@@ -478,9 +494,7 @@ def _neighbours(
             if part <= moved[i][0]:
                 moved[i] = (moved[i][0] - part, moved[i][1])
                 moved[j] = (moved[j][0] + part, moved[j][1])
-                found = _tidy(moved[: len(below)], moved[len(below) :])
-                if math.isfinite(_least_step(found, low, high)):
-                    yield found
+                yield _tidy(moved[: len(below)], moved[len(below) :])
     for i, (codes, shift) in enumerate(entries):
         for other in (shift - 1, shift + 1):
             changed = [*entries[:i], (codes, other), *entries[i + 1 :]]

@@ -4,7 +4,8 @@ Where a target allows every pair of its weight and activation widths, a layer ha
 the bits of its weights and one for those of its activations (MOHAQ on Bit Fusion); where it does
 not, for example because both must be equal (SiLago), a layer has one gene for the pair. Layers that
 are tied share their genes; layers that are kept have none. Every gene runs from few bits to many,
-so that neighbouring values are neighbouring precisions.
+so that neighbouring values are neighbouring precisions. Soft-edge formats of activations, which are
+asked for by name, are choices beside the widths.
 """
 
 from __future__ import annotations
@@ -14,20 +15,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import PlanError, UsageError
 from bitwright.targets import Accelerator
-from bitwright.vocabulary import Precision
+from bitwright.vocabulary import Activation, ActivationFormat, Precision
 
 __all__ = ["Gene", "Genome", "Plan", "Space", "make_space", "widest"]
 
 Genome: TypeAlias = tuple[int, ...]
 Plan: TypeAlias = tuple[Precision, ...]
 """The precision of every layer, in the order of the layers."""
+
+
+# Formats of one width, from coarse to fine.
+_RANKS: Final[Mapping[ActivationFormat, int]] = {
+    "soft-edge6": 0,
+    "int": 1,
+    "soft-edge4": 2,
+    "soft-edge8": 2,
+    "soft-edge": 3,
+}
 
 
 def widest(precisions: Iterable[Precision]) -> Precision:
@@ -46,18 +57,29 @@ class Gene:
     part
         Whether it decides about bits of weights, of activations, or a pair of both.
     choices
-        What can be chosen, from few bits to many.
+        What can be chosen, from few bits to many. Activations are numbers of bits unless one of
+        them has a format other than ``int``.
     """
 
     layers: tuple[str, ...]
     part: Literal["weights", "activations", "both"]
-    choices: tuple[int, ...] | tuple[Precision, ...]
+    choices: tuple[int, ...] | tuple[Activation, ...] | tuple[Precision, ...]
 
     @property
     def name(self) -> str:
         """Short name, for tables."""
         more = f" +{len(self.layers) - 1}" if len(self.layers) > 1 else ""
         return f"{self.layers[0]}{more}" + ("" if self.part == "both" else f" {self.part}")
+
+    def value(self, precision: Precision) -> int | Activation | Precision:
+        """What a precision is in the terms of this gene; it need not be a choice."""
+        if self.part == "both":
+            return precision
+        if self.part == "weights":
+            return precision.weight_bits
+        form = precision.activation
+        plain = form.format == "int" and isinstance(self.choices[0], int)
+        return form.bits if plain else form
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a study and ``--json`` hold."""
@@ -116,7 +138,7 @@ class Space:
             return None
         genome = []
         for gene in self.genes:
-            wanted = {_part(precisions[name], gene.part) for name in gene.layers}
+            wanted = {gene.value(precisions[name]) for name in gene.layers}
             if len(wanted) > 1:
                 return None
             value = wanted.pop()
@@ -143,7 +165,7 @@ class Space:
         pairs = [
             entry if isinstance(entry, Precision) else _pair(entry, other)
             for entry in choices[0]
-            for other in (choices[1] if len(choices) > 1 else (0,))
+            for other in (choices[1] if len(choices) > 1 else (entry,))
         ]
         return tuple(sorted(pairs, key=_order))
 
@@ -170,17 +192,13 @@ _PAIRS: dict[tuple[Any, Any], Precision] = {}
 
 def _pair(weights: Any, activations: Any) -> Precision:
     # One object for each pair: costs are looked up by identity, which is faster.
-    return _PAIRS.setdefault((weights, activations), Precision(weights, activations))
+    form = activations if isinstance(activations, Activation) else Activation(activations)
+    return _PAIRS.setdefault((weights, form), Precision(weights, form.bits, form.format))
 
 
-def _part(precision: Precision, part: str) -> int | Precision:
-    if part == "both":
-        return precision
-    return precision.weight_bits if part == "weights" else precision.activation_bits
-
-
-def _order(precision: Precision) -> tuple[int, int]:
-    return precision.weight_bits + precision.activation_bits, precision.weight_bits
+def _order(precision: Precision) -> tuple[int, int, int]:
+    bits = precision.weight_bits + precision.activation_bits
+    return bits, precision.weight_bits, _RANKS[precision.activation_format]
 
 
 def _matching(pattern: str, layers: Sequence[str], option: str) -> list[str]:
@@ -217,7 +235,8 @@ def make_space(
     accelerator
         What it may do.
     precisions
-        What layers may have, of what the accelerator allows; by default all.
+        What layers may have, of what the accelerator allows; by default all widths, activations
+        of one step.
     keep
         Layer, or a pattern like ``conv*``, to the precision it has in all plans.
     exclude
@@ -294,11 +313,15 @@ def make_space(
 def _genes(layers: tuple[str, ...], precisions: Sequence[Precision]) -> list[Gene]:
     pairs = sorted(set(precisions), key=_order)
     weights = tuple(sorted({p.weight_bits for p in pairs}))
-    activations = tuple(sorted({p.activation_bits for p in pairs}))
-    if len(pairs) == len(weights) * len(activations):
+    forms = tuple(
+        sorted({p.activation for p in pairs}, key=lambda form: (form.bits, _RANKS[form.format]))
+    )
+    if len(pairs) == len(weights) * len(forms):
+        plain = all(form.format == "int" for form in forms)
+        activations = tuple(form.bits for form in forms) if plain else forms
         parts = [Gene(layers, "weights", weights), Gene(layers, "activations", activations)]
         several = [gene for gene in parts if len(gene.choices) > 1]
         if len(several) == 2:
             return parts
-    own = tuple(_pair(p.weight_bits, p.activation_bits) for p in pairs)
+    own = tuple(_pair(p.weight_bits, p.activation) for p in pairs)
     return [Gene(layers, "both", own)]

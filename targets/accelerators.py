@@ -18,6 +18,8 @@ from bitwright.targets.cost_model import CostModel
 from bitwright.targets.link import Link
 from bitwright.targets.schema import Count, Data, Number, Source
 from bitwright.vocabulary import (
+    Activation,
+    ActivationFormat,
     Layer,
     LayerCost,
     LayerKind,
@@ -45,6 +47,10 @@ class Precisions(Data):
     ----------
     weight_bits, activation_bits
         Widths, in bits.
+    activation_formats
+        How codes of activations may be laid out: ``int``, one step for all values, or soft-edge
+        formats, which a decoder turns into 16 bits in front of the multipliers. A format can be
+        had where ``activation_bits`` has its width, 8 or 4 bits.
     tied
         Whether the weights and the activations of a layer must have the same width.
     source
@@ -53,6 +59,7 @@ class Precisions(Data):
 
     weight_bits: tuple[Bits, ...] = Field(min_length=1)
     activation_bits: tuple[Bits, ...] = Field(min_length=1)
+    activation_formats: tuple[ActivationFormat, ...] = Field(default=("int",), min_length=1)
     tied: Annotated[bool, Field(strict=True)]
     source: str = Field(min_length=1)
 
@@ -61,17 +68,32 @@ class Precisions(Data):
         for widths in (self.weight_bits, self.activation_bits):
             if len(set(widths)) < len(widths):
                 raise ValueError("a width stands twice")
+        if len(set(self.activation_formats)) < len(self.activation_formats):
+            raise ValueError("a format stands twice")
+        if "int" not in self.activation_formats:
+            raise ValueError("int must be among activation_formats")
+        for form in self.soft_edge:
+            if form.bits not in self.activation_bits:
+                raise ValueError(f"{form.format} needs activation_bits of {form.bits}")
         if self.tied and set(self.weight_bits) != set(self.activation_bits):
             raise ValueError("tied widths must be the same for weights and activations")
         return self
 
+    @property
+    def soft_edge(self) -> tuple[Activation, ...]:
+        """Forms of activations other than integers of one step."""
+        formats = (name for name in self.activation_formats if name != "int")
+        return tuple(Activation.of_format(name) for name in formats)
+
     def __str__(self) -> str:
+        formats = ", ".join(map(str, self.soft_edge))
+        more = f", and activations {formats}" if formats else ""
         if self.tied:
-            return ", ".join(f"w{bits}a{bits}" for bits in self.weight_bits)
+            return ", ".join(f"w{bits}a{bits}" for bits in self.weight_bits) + more
         weights, activations = (
             ", ".join(map(str, bits)) for bits in (self.weight_bits, self.activation_bits)
         )
-        return f"weights of {weights} bits with activations of {activations} bits"
+        return f"weights of {weights} bits with activations of {activations} bits{more}"
 
 
 class TargetTag(Data):
@@ -153,15 +175,26 @@ class Accelerator(Data):
             weights in self.precisions.weight_bits
             and activations in self.precisions.activation_bits
             and (weights == activations or not self.precisions.tied)
+            and precision.activation_format in self.precisions.activation_formats
         )
 
     @property
     def allowed_precisions(self) -> tuple[Precision, ...]:
-        """Every precision that a layer can have, in the order of the description."""
+        """Every precision of one step that a layer can have, in the order of the description."""
         both = (
             Precision(weights, activations)
             for weights in self.precisions.weight_bits
             for activations in self.precisions.activation_bits
+        )
+        return tuple(precision for precision in both if self.allows(precision))
+
+    @property
+    def soft_edge_precisions(self) -> tuple[Precision, ...]:
+        """Those with soft-edge activations, which are used only where they are asked for."""
+        both = (
+            Precision(weights, form.bits, form.format)
+            for weights in self.precisions.weight_bits
+            for form in self.precisions.soft_edge
         )
         return tuple(precision for precision in both if self.allows(precision))
 
@@ -191,18 +224,18 @@ class Accelerator(Data):
             for name, precision in layers.items()
             if not self.allows(precision)
         ]
+        fix = f"it allows {self.precisions}"
+        formats = {entry.activation_format for entry in layers.values()} - {"int"}
+        if refused and formats and not self.precisions.soft_edge:
+            fix += "; it decodes no soft-edge activations"
         if len(refused) == len(layers) and len(set(layers.values())) == 1:
             (precision,) = set(layers.values())
             raise PlanError(
-                f"{self.name} cannot do the precision {precision}",
-                where=where,
-                fix=f"it allows {self.precisions}",
+                f"{self.name} cannot do the precision {precision}", where=where, fix=fix
             )
         if refused:
             raise PlanError(
-                f"{self.name} cannot do the precision of {_some(refused)}",
-                where=where,
-                fix=f"it allows {self.precisions}",
+                f"{self.name} cannot do the precision of {_some(refused)}", where=where, fix=fix
             )
 
     def check_kinds(

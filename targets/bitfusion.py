@@ -128,14 +128,14 @@ class BitFusion(CostModel):
         """Products that a fusion unit computes side by side."""
         return math.prod(
             max(1, self.widest_operand_bits.value // max(bits, self.narrowest_operand_bits.value))
-            for bits in (precision.activation_bits, precision.weight_bits)
+            for bits in (precision.activation.operand_bits, precision.weight_bits)
         )
 
     def steps(self, precision: Precision) -> int:
         """Cycles that these products take."""
         return math.prod(
             math.ceil(bits / self.widest_operand_bits.value)
-            for bits in (precision.activation_bits, precision.weight_bits)
+            for bits in (precision.activation.operand_bits, precision.weight_bits)
         )
 
     def peak_macs_per_cycle(self, precision: Precision) -> float:
@@ -362,7 +362,8 @@ class _Tiles:
     @classmethod
     def all_of(cls, model: BitFusion, problem: Problem, precision: Precision) -> _Tiles:
         array_columns = model.array_columns.value
-        activation_bits, weight_bits = precision.activation_bits, precision.weight_bits
+        activation_bits = precision.activation.stored_bits
+        weight_bits = precision.weight_bits
         depth_lanes = model.array_rows.value * model.lanes(precision)
         out_step = 1 if problem.im2col else array_columns
         grid = np.meshgrid(
@@ -466,7 +467,7 @@ def _buffer_energies(
     rows, columns = model.array_rows.value, model.array_columns.value
     words = (
         rows * columns * lanes * precision.weight_bits,
-        rows * lanes * precision.activation_bits,
+        rows * lanes * precision.activation.stored_bits,
         columns * model.partial_sum_bits.value,
     )
     weights, inputs, outputs = (bits.astype(np.float64) for bits in moved)

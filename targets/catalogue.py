@@ -89,7 +89,8 @@ def _read(text: str, where: str, folder: Path | None = None) -> Accelerator:
     if model is None:
         return accelerator
     try:
-        wrong = model.check_precisions(frozenset(accelerator.allowed_precisions))
+        every = (*accelerator.allowed_precisions, *accelerator.soft_edge_precisions)
+        wrong = model.check_precisions(frozenset(every))
         field, what = wrong or ("", "")
     except (Exception, SystemExit) as error:
         raise document.error(["cost"], f"the model refuses it ({first_line(error)})") from error

@@ -21,6 +21,7 @@ from tvm import relax
 from tvm.ir import GenericConst, Op
 
 from bitwright.errors import UsageError
+from bitwright.soft_edge import SoftEdge
 from bitwright.targets.catalogue import available
 from bitwright.targets.kernels import activation_matmul, convolution, matmul
 from bitwright.targets.kernels.host import ISAS, Isa, target
@@ -186,12 +187,16 @@ class _Reader:
         zero_point = 0
         if _name(call) == "subtract":
             zero_point, call = int(_scalar(call.args[1])), self.value(call.args[0])
-        if _name(call) != "astype" or call.args[0] not in self._parameters:
+        if _name(call) != "astype":
             raise _OtherError
-        dtype = str(call.args[0].ty.dtype)
-        if dtype not in ("int8", "uint8", "int16", "uint16"):
+        data, layout = call.args[0], None
+        if _name(self.value(data)) == "bitwright.soft_edge_decode":
+            decode = self.value(data)
+            data, layout = decode.args[0], SoftEdge.parse(str(decode.attrs["layout"]))
+        dtype = str(data.ty.dtype)
+        if data not in self._parameters or dtype not in ("int8", "uint8", "int16", "uint16"):
             raise _OtherError
-        return call.args[0], Operand(dtype, zero_point)  # type: ignore[arg-type]
+        return data, Operand(dtype, zero_point, layout)  # type: ignore[arg-type]
 
     def _is_activation(self, expr: Any) -> bool:
         try:

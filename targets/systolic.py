@@ -67,11 +67,15 @@ class SystolicArray(CostModel):
         block = max(work.positions / min(1.0, per_cell), rows) + rows + columns - 2
         compute = work.times * row_blocks * column_blocks * math.ceil(block)
         weights, inputs = self._reads(layer, precision, work)
-        outputs = work.times * work.positions * work.channels * precision.activation_bits
+        outputs = work.times * work.positions * work.channels * precision.activation.stored_bits
         cycles = max(compute, math.ceil((weights + inputs + outputs) / self._bandwidth))
         sums = work.times * work.positions * work.channels * (2 * row_blocks - 1)
         buffer_bits = (
-            work.times * work.positions * work.terms * column_blocks * precision.activation_bits
+            work.times
+            * work.positions
+            * work.terms
+            * column_blocks
+            * precision.activation.stored_bits
             + work.times * work.terms * work.channels * precision.weight_bits
             + sums * self.accumulator_bits.value
         )
@@ -99,7 +103,7 @@ class SystolicArray(CostModel):
     def _reads(self, layer: Layer, precision: Precision, work: _Work) -> tuple[int, int]:
         """Bits of weights and inputs that are read from external memory."""
         weights = layer.weight_count * precision.weight_bits
-        inputs = work.inputs * precision.activation_bits
+        inputs = work.inputs * precision.activation.stored_bits
         weight_blocks = math.ceil(weights / (self.weight_buffer_kib.value * 1024 * 8))
         input_blocks = math.ceil(inputs / (self.input_buffer_kib.value * 1024 * 8))
         if layer.kind == "recurrent":  # a step needs the one before it: no block can stay

@@ -193,7 +193,7 @@ def _accelerator(model: BitFusion, precision: Precision, lanes: int, columns: in
     # What a step takes; all that ZigZag needs to know of the array's energy is that it is constant.
     words = (
         lanes * columns * precision.weight_bits,
-        lanes * precision.activation_bits,
+        lanes * precision.activation.stored_bits,
         columns * model.partial_sum_bits.value,
     )
     hierarchy = MemoryHierarchy(
@@ -253,7 +253,7 @@ def _layer(
     outputs = model.partial_sum_bits.value
     widths = {
         _WEIGHTS: precision.weight_bits,
-        _INPUTS: precision.activation_bits,
+        _INPUTS: precision.activation.stored_bits,
         _OUTPUTS: outputs,
         LayerOperand("O_final"): outputs,
     }

@@ -15,6 +15,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its s
 from bitwright.targets.kernels import emit
 from bitwright.targets.kernels.emit import Buffer, Expr
 from bitwright.targets.kernels.host import Isa
+from bitwright.targets.kernels.operand import centred
 from bitwright.targets.kernels.spec import Accumulators, ActivationMatmul
 from bitwright.targets.kernels.tiles import TileProduct, choose_tiling
 
@@ -156,10 +157,10 @@ class _Kernel:
             # The left operand's half pair behind an odd row is 0: any code may meet it, but only
             # a 0 leaves the sums as they are.
             start = source + pair * 2 * spec.columns + column
-            low = emit.cast(emit.centred(right, start, operand, count), "int32", count)
+            low = emit.cast(centred(right, start, operand, count), "int32", count)
             last = emit.index(pair * 2 + 1) >= spec.depth
             below = T.if_then_else(last, start, start + spec.columns)
-            high = emit.cast(emit.centred(right, below, operand, count), "int32", count)
+            high = emit.cast(centred(right, below, operand, count), "int32", count)
             if spec.depth % 2:
                 high = high * emit.broadcast(T.if_then_else(last, zero, zero + 1), count)
             low, high = emit.bind(low), emit.bind(high)

@@ -24,6 +24,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its s
 from bitwright.targets.kernels import emit, matmul
 from bitwright.targets.kernels.emit import Arguments, Buffer, Expr, ceil_div, in_three, round_up
 from bitwright.targets.kernels.host import Isa
+from bitwright.targets.kernels.operand import centred, padding_code
 from bitwright.targets.kernels.spec import Convolution, Matmul, WeightLayout
 
 __all__ = ["kernel", "layout", "pack", "unpack"]
@@ -557,7 +558,7 @@ class _Kernel:
         start = emit.bind(column * shape.strides[2] - shape.pads[2])
         left = emit.bind(emit.lesser(emit.greater(0 - start, 0), columns))
         right = emit.bind(emit.greater(emit.lesser(shape.size[2] - start, columns), left))
-        fill = emit.constant(emit.padding_code(operand), "int16", 16)
+        fill = emit.constant(padding_code(operand), "int16", 16)
 
         def copy() -> None:
             count = right - left
@@ -566,11 +567,11 @@ class _Kernel:
                 (lanes for lanes in (16, 8, 4) if not isinstance(count, int) or count >= lanes), 1
             )
             with emit.loop(emit.bind(count // wide)) as block:
-                codes = emit.centred(data, source + block * wide, operand, wide)
+                codes = centred(data, source + block * wide, operand, wide)
                 emit.store(line, left + block * wide, codes, wide)
             with emit.loop(emit.bind(count % wide)) as rest:
                 place = count - count % wide + rest
-                emit.store(line, left + place, emit.centred(data, source + place, operand, 1), 1)
+                emit.store(line, left + place, centred(data, source + place, operand, 1), 1)
 
         if not shape.padded:
             # What lies right of the image is read by lanes alone that nobody uses.

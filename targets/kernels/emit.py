@@ -23,7 +23,6 @@ from bitwright.targets.kernels.spec import (
     Codes,
     Convolution,
     Matmul,
-    Operand,
 )
 
 _LONGEST_SHUFFLE = 4  # strides beyond this read element by element
@@ -238,24 +237,6 @@ def arguments(
 
 
 # --------------------------------------------------------------------------- arithmetic
-
-
-def centred(data: Buffer, offset: Expr, operand: Operand, lanes: int) -> Expr:
-    """Read codes and subtract the operand's offset: int16."""
-    codes = cast(load(data, offset, lanes), "int16", lanes)
-    if operand.offset == 0:
-        return codes
-    return codes - constant(_wrap(operand.offset), "int16", lanes)
-
-
-def padding_code(operand: Operand) -> int:
-    """What stands for zero among centred codes."""
-    return operand.zero_point - operand.offset
-
-
-def _wrap(value: int) -> int:
-    """The int16 that equals a number modulo 2^16."""
-    return (value + 2**15) % 2**16 - 2**15
 
 
 def join(low: Expr, high: Expr, lanes: int) -> Expr:

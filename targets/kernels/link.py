@@ -30,7 +30,8 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its script language
 
 from bitwright.errors import UsageError
-from bitwright.targets.kernels import emit, host
+from bitwright.soft_edge import SoftEdge
+from bitwright.targets.kernels import emit, host, soft_edge
 from bitwright.targets.kernels.emit import Buffer, Expr, ceil_div, round_up
 from bitwright.targets.kernels.spec import ActivationType
 from bitwright.targets.link import Link, Loop, Part, Traffic
@@ -79,6 +80,8 @@ class LayerKernel:
         Types of the codes of both operands.
     accumulator_bits
         Width of the sums.
+    data_layout, weight_layout
+        Of operands that are soft-edge codes.
     """
 
     flit: Literal["paired", "separate"]
@@ -93,6 +96,8 @@ class LayerKernel:
     data: ActivationType
     weight: ActivationType
     accumulator_bits: Literal[32, 64]
+    data_layout: SoftEdge | None = None
+    weight_layout: SoftEdge | None = None
 
     @classmethod
     def of(
@@ -102,6 +107,7 @@ class LayerKernel:
         data: ActivationType,
         weight: ActivationType,
         accumulator_bits: Literal[32, 64],
+        layouts: tuple[SoftEdge | None, SoftEdge | None] = (None, None),
     ) -> LayerKernel:
         """For an order on a link.
 
@@ -129,6 +135,7 @@ class LayerKernel:
             data,
             weight,
             accumulator_bits,
+            *layouts,
         )
 
     @property
@@ -209,8 +216,10 @@ def _code(word: Expr, word_bits: int, signed: bool) -> Expr:
     wide = emit.cast(word, "int32", 1)
     if not signed:
         return wide
-    up = tirx.const(32 - word_bits, "int32")
-    return T.shift_right(T.shift_left(wide, up), up)
+    # TVM takes for granted that shifts to the left do not overflow, and simplifies comparisons.
+    half = tirx.const(1 << (word_bits - 1), "int32")
+    kept = T.bitwise_and(wide, tirx.const((1 << word_bits) - 1, "int32"))
+    return T.bitwise_xor(kept, half) - half
 
 
 # --------------------------------------------------------------------------- ranks
@@ -771,16 +780,20 @@ class _Layer:
         by_x, by_w = emit.bind(about["by_x"][lane]), emit.bind(about["by_w"][lane])
         if "index" in spec.parts:
             self._send_index(lane, kind, length)
-        wide = "int32" if spec.word_bits <= 8 else "int64"
+        layouts = spec.data_layout, spec.weight_layout
+        wide = "int32" if spec.word_bits <= 8 and layouts == (None, None) else "int64"
         zero_x, zero_w = (emit.bind(self.args["zero_points"][_int(place)]) for place in range(2))
         total = emit.allocate(1, wide, registers=True)
         _put(total, 0, 0)
 
+        def value(code: Expr, zero: Expr, layout: SoftEdge | None) -> Expr:
+            return code - zero if layout is None else soft_edge.decoded(layout, code, 1)
+
         def add(place_x: Expr, place_w: Expr) -> None:
             x = self.streams["inputs"].buffer[emit.index(place_x)]
             w = self.streams["weights"].buffer[emit.index(place_w)]
-            x = _code(x, spec.word_bits, spec.data.startswith("int")) - zero_x
-            w = _code(w, spec.word_bits, spec.weight.startswith("int")) - zero_w
+            x = value(_code(x, spec.word_bits, spec.data.startswith("int")), zero_x, layouts[0])
+            w = value(_code(w, spec.word_bits, spec.weight.startswith("int")), zero_w, layouts[1])
             product = emit.cast(x, wide, 1) * emit.cast(w, wide, 1)
             emit.store(total, 0, emit.load(total, 0, 1) + product, 1)
 
@@ -793,7 +806,9 @@ class _Layer:
             slots = emit.bind(count * spec.lanes)
             with emit.loop(slots) as slot:
                 add(at_x + slot, at_w + slot)
-            empty = emit.cast(zero_x, "int64", 1) * emit.cast(zero_w, "int64", 1)
+            none = tirx.const(0, "int32")
+            blank_x, blank_w = value(none, zero_x, layouts[0]), value(none, zero_w, layouts[1])
+            empty = emit.cast(blank_x, "int64", 1) * emit.cast(blank_w, "int64", 1)
             window = emit.cast(emit.load(total, 0, 1), "int64", 1) - (slots - length) * empty
         output = emit.bind(about["sum"][lane])
         # 64 bits: only the last of these sums is known to fit 32.

@@ -384,6 +384,7 @@ class _Emitter:
         self.places: dict[Value, _Place] = {}
         self.task = _Task()
         self.captured_by = self._constant_in_time()
+        self.shared = self._shared()
 
     # -- what runs where ---------------------------------------------------------------------------
 
@@ -422,6 +423,23 @@ class _Emitter:
             ):
                 found.add(value)
         return found
+
+    def _shared(self) -> set[Value]:
+        """Values that all channels and rows read, and that are computed once a step for them.
+
+        They depend on no state, as a state has all parallel axes.
+        """
+        if self.across is None:
+            return set()
+        return {
+            value
+            for value in self.stored
+            if value not in self.captured_by
+            and value not in self.step.captured
+            and not any(
+                self.axes.of(value, axis) in self.parallel for axis in range(len(value.shape))
+            )
+        }
 
     def _lanes(self, across: tuple[int, int]) -> int:
         """Vector length where vectors run across channels.
@@ -635,14 +653,15 @@ class _Emitter:
             indices: list[Expr] = [0] * len(value.shape)
             if rows is not None:
                 indices[rows] = stack.enter_context(emit.loop(self.task.rows))
-            if vector is None and self.across is None and rest and rest[-1] == len(indices) - 1:
+            along = self.across is None or value in self.shared
+            if vector is None and along and rest and rest[-1] == len(indices) - 1:
                 (size,) = _numbers([value.shape[rest[-1]]])
                 vector = rest.pop() if size > 1 else None
             for axis in rest:
                 indices[axis] = stack.enter_context(emit.loop(value.shape[axis]))
             if vector is None:
                 body(indices, None, 1)
-            elif self.across is not None:
+            elif self.across is not None and not along:
                 body(indices, vector, self.lanes)
             else:
                 self._chunks(value, indices, vector, body)
@@ -952,13 +971,9 @@ class _Emitter:
             begin(group)
             for value, source, target in zip(step.states, initial, states, strict=True):
                 self.copy(value, source, of_group(target, value, group))
-        with emit.loop(length) as time, emit.loop(present) as group:
-            self._group(group)
+        with ExitStack() as stack:
+            time = stack.enter_context(emit.loop(length))
             self.places = dict(zip(step.captured, captured, strict=True))
-            for value in kept:
-                self.places[value] = of_group(constants[value], value, group)
-            for value, place in zip(step.states, states, strict=True):
-                self.places[value] = of_group(place, value, group)
             for number, value in enumerate(step.elements):
                 size: Any = 1
                 for entry in value.shape:
@@ -966,7 +981,17 @@ class _Emitter:
                 base = emit.bind(emit.index(time * size))
                 self.places[value] = self._whole(value, buffers[f"sequence_{number}"], base)
             for value in self.values:
-                if value not in self.stored or value in constants:
+                if value in self.shared:
+                    self.statement(value, locals_[value])
+                    self.places[value] = locals_[value]
+            group = stack.enter_context(emit.loop(present))
+            self._group(group)
+            for value in kept:
+                self.places[value] = of_group(constants[value], value, group)
+            for value, place in zip(step.states, states, strict=True):
+                self.places[value] = of_group(place, value, group)
+            for value in self.values:
+                if value not in self.stored or value in constants or value in self.shared:
                     continue
                 state = aliases.get(value)
                 place = locals_[value] if state is None else self.places[state]

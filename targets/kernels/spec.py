@@ -11,6 +11,7 @@ from math import inf, prod
 from typing import Literal, TypeAlias
 
 from bitwright.errors import UsageError
+from bitwright.soft_edge import SoftEdge
 
 __all__ = [
     "Accumulators",
@@ -50,24 +51,37 @@ class Operand:
     dtype
         Type of the codes; 2- and 4-bit codes are stored as int8 or uint8.
     zero_point
-        The code of 0, within the type.
+        What a code less the code of 0 is computed with: the code of 0, within the type. 0 with a
+        layout.
+    layout
+        Of soft-edge codes, which a kernel decodes where it reads them; its values are centred.
 
     Raises
     ------
     UsageError
-        If the zero point is out of the type's range.
+        If the zero point is out of the type's range, or the type not the layout's.
     """
 
     dtype: ActivationType
     zero_point: int = 0
+    layout: SoftEdge | None = None
 
     def __post_init__(self) -> None:
+        if self.layout is not None and (self.zero_point or self.layout.dtype != self.dtype):
+            raise UsageError(
+                f"{self.dtype} with zero point {self.zero_point} are no codes of {self.layout}"
+            )
         low, high = _RANGES[self.dtype]
         if not low <= self.zero_point <= high:
             raise UsageError(
                 f"zero point {self.zero_point} is not a code of {self.dtype}",
                 fix=f"give one from {low} to {high}",
             )
+
+    @property
+    def code_of_zero(self) -> int:
+        """What padding consists of, where codes are padded."""
+        return self.zero_point if self.layout is None else self.layout.zero_point
 
     @property
     def offset(self) -> int:

@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 - TVM's name for its s
 from bitwright.targets.kernels import emit
 from bitwright.targets.kernels.emit import Buffer, Expr, ceil_div, round_up
 from bitwright.targets.kernels.host import Isa
+from bitwright.targets.kernels.operand import centred
 from bitwright.targets.kernels.spec import Operand
 
 __all__ = ["TileProduct", "Tiling", "choose_tiling"]
@@ -152,10 +153,10 @@ class TileProduct:
         source, target = emit.bind(source), emit.bind(row * self.row_length)
         done = self.depth // 16 * 16
         with emit.loop(done // 16) as block:
-            values = emit.centred(data, source + block * 16, self.data, 16)
+            values = centred(data, source + block * 16, self.data, 16)
             emit.store(codes, target + block * 16, values, 16)
         with emit.loop(self.depth - done) as rest:
-            value = emit.centred(data, source + done + rest, self.data, 1)
+            value = centred(data, source + done + rest, self.data, 1)
             emit.store(codes, target + done + rest, value, 1)
         if self.depth % 2:
             emit.store(codes, target + self.depth, tirx.const(0, "int16"), 1)

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from bitwright import Layer, Precision, PrecisionPlan
 from bitwright.errors import BitwrightError, PlanError
-from bitwright.vocabulary import BIT_WIDTHS
+from bitwright.vocabulary import ACTIVATION_FORMATS, BIT_WIDTHS, Activation
 from tests.quant.qdq import profile
 
 widths = st.sampled_from(BIT_WIDTHS)
-precisions = st.builds(Precision, weight_bits=widths, activation_bits=widths)
+forms = st.builds(Activation, widths) | st.sampled_from(
+    [Activation.of_format(name) for name in ACTIVATION_FORMATS if name != "int"]
+)
+precisions = st.builds(lambda bits, form: Precision(bits, form.bits, form.format), widths, forms)
 plans = st.builds(
     PrecisionPlan,
     layers=st.dictionaries(st.text(), precisions),
@@ -23,6 +26,10 @@ plans = st.builds(
     target=st.none() | st.text(),
     elementwise_bits=st.sampled_from([8, 16]),
     loop_bits=st.sampled_from([8, 16, 32]),
+    scan_inputs=st.dictionaries(st.text(), forms),
+    percentiles=st.dictionaries(
+        st.text(), st.floats(0, 100, exclude_min=True) | st.integers(1, 100)
+    ),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -77,6 +84,61 @@ def test_not_a_precision(text: str) -> None:
         Precision.parse(text)
     assert caught.value.exit_code == 2
     assert "2, 4, 8, 16" in str(caught.value)
+
+
+@profile(50)
+@given(forms)
+def test_a_form_of_activations_survives_its_text(form: Activation) -> None:
+    assert Activation.parse(str(form)) == form == Activation.of(str(form))
+    assert Precision.parse(f"w4{form}").activation == form
+
+
+@pytest.mark.parametrize(
+    "text, name, stored, operand",
+    [
+        ("a8", "int", 8, 8),
+        ("a16", "int", 16, 16),
+        ("a8se", "soft-edge", 16, 16),  # 9 bits
+        ("a8se8", "soft-edge8", 8, 16),
+        ("a8se6", "soft-edge6", 8, 16),
+        ("a4se4", "soft-edge4", 4, 16),
+    ],
+)
+def test_formats_of_activations(text: str, name: str, stored: int, operand: int) -> None:
+    form = Activation.parse(text)
+    assert (form.format, form.stored_bits, form.operand_bits) == (name, stored, operand)
+    precision = Precision.parse(f"w2{text}")
+    assert (precision.activation_format, str(precision)) == (name, f"w2{text}")
+
+
+@pytest.mark.parametrize("text", ["w8a4se", "w8a16se8", "w8a8se4", "w8a4se6", "w8a2se"])
+def test_formats_have_one_width(text: str) -> None:
+    with pytest.raises(PlanError, match=r"there is no soft-edge[468]? with \d+ bits") as caught:
+        Precision.parse(text)
+    assert "its words have" in str(caught.value)
+    with pytest.raises(PlanError, match=f"activation '{text[2:]}'"):
+        Activation.parse(text[2:])
+
+
+@pytest.mark.parametrize("text", ["w8a8se2", "w8a8s", "w8a8SE", "w8a8se 8", "w8a8int", "w8sea8"])
+def test_formats_that_do_not_exist(text: str) -> None:
+    with pytest.raises(PlanError, match="se, se8, se6 or se4"):
+        Precision.parse(text)
+    with pytest.raises(PlanError, match="activation_format is 'se'"):
+        Precision(8, 8, "se")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["8", "se8", "a8se9", "w8a8", "", None])
+def test_forms_that_do_not_exist(text: Any) -> None:
+    with pytest.raises(PlanError, match="no form of activations"):
+        Activation.parse(text)
+
+
+def test_how_precisions_are_shown() -> None:
+    assert repr(Precision(4, 8)) == "Precision(weight_bits=4, activation_bits=8)"
+    shown = "Precision(weight_bits=8, activation_bits=8, activation_format='soft-edge8')"
+    assert repr(Precision.parse("w8a8se8")) == shown
+    assert eval(shown) == Precision.parse("w8a8se8")  # noqa: S307 - our own text
 
 
 # -- layers --------------------------------------------------------------------------------------

@@ -822,6 +822,19 @@ def test_labels_of_another_shape(bench: Bench) -> None:
     assert str(bench.data) in message
 
 
+def test_an_item_without_a_right_option(bench: Bench) -> None:
+    model = text_model(
+        "g (float[n, 2, 4] x) => (float[n, 2, 4] y) { y = MatMul (x, w) }",
+        w=np.eye(4, dtype=np.float32),
+    )
+    onnx.save(model, bench.model)
+    labels = np.array([[0, 1, 3, -1, 2], [0, 0, 3, -1, 1], [1, 0, 3, -1, 2], [1, 0, 3, -1, 1]])
+    np.savez(bench.data, x=np.ones((4, 2, 4), np.float32), labels=labels)
+    message = bench.refuse(bench.words("evaluate", metric="choice"))
+    # Known only when all samples are measured, and still a matter of the data.
+    assert f"{bench.data}: item 1 has 2 options, 0 of them right" in message
+
+
 def test_no_labels(bench: Bench) -> None:
     np.savez(bench.data, x=small_samples())
     message = bench.refuse(bench.words("evaluate"))
@@ -831,7 +844,7 @@ def test_no_labels(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "metric, expected",
     [
-        ("f1", "choose one of mse, per, perplexity, sqnr, top1, top5, wer, top<K>"),
+        ("f1", "cloze4, last-word, mse, per, perplexity, sqnr, top1, top5, wer, top<K>"),
         ("", "choose one of"),
         ("no.such.module:Metric", "cannot be loaded"),
         ("math:no_such_thing", "cannot be loaded"),

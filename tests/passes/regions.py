@@ -16,6 +16,7 @@ from bitwright.passes.build import Built, build
 from bitwright.passes.registry import parse
 from bitwright.quant.load import load
 from bitwright.quant.reference import Reference
+from bitwright.soft_edge import SoftEdge
 from tests.quant.qdq import Array, Builder
 
 
@@ -29,8 +30,12 @@ def with_codes(model: onnx.ModelProto) -> onnx.ModelProto:
     present = {value.name for value in model.graph.output}
     for node in model.graph.node:
         codes = node.output[0]
-        computed = node.op_type == "QuantizeLinear" and node.input[0] not in stored
-        if computed and codes not in present:
+        if node.op_type == "SoftEdgeEncode":
+            (layout,) = [entry.s.decode() for entry in node.attribute if entry.name == "layout"]
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(SoftEdge.parse(layout).dtype))
+            known[codes] = onnx.helper.make_tensor_value_info(codes, dtype, None)
+        computed = node.op_type in ("QuantizeLinear", "SoftEdgeEncode")
+        if computed and node.input[0] not in stored and codes not in present:
             result.graph.output.append(known[codes])
     return result
 

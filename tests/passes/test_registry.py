@@ -19,9 +19,11 @@ from bitwright.passes.popcount_reorder import PopcountReorder
 from bitwright.passes.propagate_quantization import PropagateQuantization
 from bitwright.passes.registry import DEFAULT, Pipeline, available, parse
 from bitwright.passes.schedule_floats import ScheduleFloats
+from bitwright.passes.soft_edge_activations import SoftEdgeActivations
 
 CLASSES = {
     "propagate-quantization": PropagateQuantization,
+    "soft-edge": SoftEdgeActivations,
     "partition-for-target": PartitionForTarget,
     "lower-to-integer": LowerToInteger,
     "permute-channels": PermuteChannels,
@@ -32,7 +34,7 @@ CLASSES = {
     "pack-weights": PackWeights,
 }
 NAMES = list(CLASSES)
-OPTIONAL = ["permute-channels", "materialize-transfers", "popcount-reorder"]
+OPTIONAL = ["soft-edge", "permute-channels", "materialize-transfers", "popcount-reorder"]
 ALWAYS = [name for name in NAMES if name not in OPTIONAL]
 
 
@@ -40,13 +42,13 @@ def test_the_passes_stand_in_the_order_of_the_pipeline() -> None:
     assert list(available()) == NAMES
     assert list(DEFAULT.options) == ALWAYS
     assert [type(step) for step in DEFAULT.create().values()] == [CLASSES[n] for n in ALWAYS]
-    pipeline = parse("permute-channels,popcount-reorder")
+    pipeline = parse("soft-edge,permute-channels,popcount-reorder")
     assert [type(step) for step in pipeline.create().values()] == list(CLASSES.values())
 
 
 def test_optional_passes_run_where_they_are_named_with_what_they_need() -> None:
     assert [name for name, info in available().items() if info.optional] == OPTIONAL
-    reordering = [name for name in NAMES if name != "permute-channels"]
+    reordering = [name for name in NAMES if name not in ("soft-edge", "permute-channels")]
     assert list(parse("popcount-reorder=buckets:4").options) == reordering
     assert parse("popcount-reorder=buckets:4").options["popcount-reorder"] == {"buckets": 4}
     alone = [name for name in reordering if name != "popcount-reorder"]
@@ -118,12 +120,26 @@ def test_options_are_read_and_the_rest_keeps_its_defaults() -> None:
         "partition-for-target=target:a/b,pack-weights=isa:x",
         "popcount-reorder=map:0.0.1:snake:false",
         "materialize-transfers",
+        "soft-edge=quamba-se,pack-weights=generic",
+        "soft-edge=layout:(int8:0:8@0<<0:8@0<<0<=7.5,8@8<<1):finest:0.5:tensors:x+B",
+        "soft-edge=edges:15.75/143/395:ratios:0.25/1/4,lower-scan",
     ],
 )
 def test_what_is_written_is_read_again(text: str) -> None:
     pipeline = parse(text)
     assert parse(str(pipeline)).options == pipeline.options
     assert str(parse(str(pipeline))) == str(pipeline)
+
+
+def test_a_value_alone_is_that_of_the_first_option() -> None:
+    options = parse("soft-edge=quamba-se,pack-weights=isa:generic").options
+    assert options["soft-edge"] == {"layout": "quamba-se"}
+
+
+def test_values_with_colons_and_commas_stand_in_parentheses() -> None:
+    options = parse("soft-edge=layout:(int8:0:8@0<<0:8@0<<0<=7.5,8@8<<1):finest:0.5").options
+    layout = "int8:0:8@0<<0:8@0<<0<=7.5,8@8<<1"
+    assert options["soft-edge"] == {"layout": layout, "finest": 0.5}
 
 
 def test_common_options_give_way_to_those_of_the_pipeline() -> None:
@@ -140,7 +156,7 @@ def test_some_passes_only() -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("soft-edge", "no pass 'soft-edge'"),
+        ("hard-edge", "no pass 'hard-edge'"),
         ("=isa:x", "no pass ''"),
         ("Pack-Weights", "no pass"),
         ("pack-weights=lanes:3", "no option 'lanes'"),

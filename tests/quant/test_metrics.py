@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,9 +20,15 @@ from hypothesis import strategies as st
 from bitwright.errors import DataError, UsageError
 from bitwright.quant import metrics
 from bitwright.quant.metrics import (
+    Agreement,
     Bounded,
+    CharacterAccuracy,
+    Choice,
+    Cloze4,
+    LastWord,
     MeanSquaredError,
     Metric,
+    NormalizedChoice,
     Perplexity,
     PhoneErrorRate,
     Sqnr,
@@ -417,6 +424,185 @@ def test_perplexity_at_its_ends() -> None:
     assert impossible.value() == math.inf
 
 
+# -- places, words and choices --------------------------------------------------------------------
+
+
+def measured(kind: type[Metric], scores: Array, labels: Array) -> float:
+    metric = kind()
+    metric.update({"scores": scores}, labels, {})
+    return metric.value()
+
+
+@profile(60)
+@given(seed=st.integers(0, 2**32 - 1), splits=st.integers(1, 3))
+def test_accuracy_of_characters_and_words_are_their_definitions(seed: int, splits: int) -> None:
+    generator = np.random.default_rng(seed)
+    # Few levels make ties, of which the first class is the greedy choice.
+    scores = generator.integers(0, 3, (7, 5, 3)).astype(np.float32)
+    labels = generator.integers(-2, 3, (7, 5))
+    labels[:, generator.integers(5)] = generator.integers(0, 3, 7)
+    greedy = [[list(place).index(max(place)) for place in row] for row in scores]
+    places = [
+        (found, label)
+        for row, wanted in zip(greedy, labels, strict=True)
+        for found, label in zip(row, wanted, strict=True)
+        if label >= 0
+    ]
+    words = [
+        all(found == label for found, label in zip(row, wanted, strict=True) if label >= 0)
+        for row, wanted in zip(greedy, labels, strict=True)
+    ]
+    characters, last = CharacterAccuracy(), LastWord()
+    for part, wanted in zip(
+        np.array_split(scores, splits), np.array_split(labels, splits), strict=True
+    ):
+        characters.update({"scores": part}, wanted, {})
+        last.update({"scores": part}, wanted, {})
+    assert characters.value() == np.mean([found == label for found, label in places])
+    assert last.value() == np.mean(words)
+
+
+def test_last_word_of_a_model_without_a_batch() -> None:
+    logits = np.eye(3, dtype=np.float32)  # predicts 0, 1, 2
+    metric = LastWord()
+    for labels in ([-1, 1, 2], [0, -1, -1], [-1, 0, 2]):
+        metric.update({"logits": logits}, np.array([labels]), {})
+    assert metric.value() == pytest.approx(2 / 3)
+
+
+def test_agreement_is_with_the_float_model() -> None:
+    metric = Agreement()
+    wanted = np.array([[[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [2.0, 3.0]]])
+    found = np.array([[[0.0, 0.1], [0.0, 1.0], [1.0, 0.0], [3.0, 3.0]]])
+    metric.update({"a": found, "b": -found}, None, {"a": wanted})
+    assert metric.value() == 0.5  # the last one is a tie, which is class 0
+    with pytest.raises(DataError, match=r"\[1, 4, 2\]"):
+        metric.update({"a": found}, None, {"a": wanted[:, :2]})
+
+
+def options(
+    generator: np.random.Generator, count: int, *, vocabulary: int = 6, time: int = 5
+) -> tuple[Array, Array, list[tuple[float, float]]]:
+    """Scores and labels of `count` items, and of each lm-eval's acc and acc_norm."""
+    scores, labels, expected = [], [], []
+    for item in range(count):
+        amount = int(generator.integers(2, 5))
+        gold = int(generator.integers(amount))
+        lls, lengths = [], []
+        for option in range(amount):
+            logits = generator.normal(0, 3, (time, vocabulary))
+            first = int(generator.integers(time))
+            tokens = np.full(time, -1)
+            tokens[first:] = generator.integers(0, vocabulary, time - first)
+            length = int(generator.integers(1, 20))
+            # As lm_eval/models/huggingface.py: log_softmax, gather, sum.
+            logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            lls.append(sum(logprobs[t, tokens[t]] for t in range(first, time)))
+            lengths.append(length)
+            scores.append(logits)
+            labels.append([item, int(option == gold), length, *tokens])
+        # As lm_eval/api/task.py, ConfigurableTask.process_results, output_type multiple_choice.
+        acc = 1.0 if np.argmax(lls) == gold else 0.0
+        acc_norm = 1.0 if np.argmax(np.array(lls) / np.array(lengths, float)) == gold else 0.0
+        expected.append((acc, acc_norm))
+    return np.array(scores), np.array(labels), expected
+
+
+@profile(40)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 9))
+def test_choices_are_acc_and_acc_norm_of_lm_eval(seed: int, size: int) -> None:
+    scores, labels, expected = options(np.random.default_rng(seed), 6)
+    plain, normalized = Choice(), NormalizedChoice()
+    for start in range(0, len(scores), size):  # items are cut anywhere
+        part = slice(start, start + size)
+        for metric in (plain, normalized):
+            metric.update({"scores": scores[part]}, labels[part], {})
+    acc, acc_norm = np.mean(expected, axis=0)
+    assert plain.value() == pytest.approx(acc)
+    assert normalized.value() == pytest.approx(acc_norm)
+
+
+def test_choices_as_the_document_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "write-a-metric.md").read_text("utf-8")
+    (program,) = re.findall(r"```python\n((?:(?!```).)*choice\.npz.*?)```", document, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with np.load("choice.npz") as data:
+        tokens, labels = data["tokens"], data["labels"]
+    assert tokens.shape == (4, 5)
+    # Whoever predicts the token that comes next finds every option sure; the first one wins.
+    logits = 50.0 * np.eye(10)[np.roll(tokens, -1, axis=1)]
+    assert measured(Choice, logits, labels) == 0.5
+    # Likelihood 1/10 a token: the shorter option is likelier.
+    assert measured(Choice, np.zeros((4, 5, 10)), labels) == 1.0
+    # A character: "day" has 1 token for 3 of them, "morning" 2 for 7; "night" 1 for 5.
+    assert measured(NormalizedChoice, np.zeros((4, 5, 10)), labels) == 0.5
+
+
+def test_cloze_has_four_options() -> None:
+    logits = np.log(np.array([[[0.1, 0.9]], [[0.4, 0.6]], [[0.7, 0.3]], [[0.5, 0.5]]]))
+    labels = np.array([[7, 0, 1, 0], [7, 0, 1, 0], [7, 1, 1, 0], [7, 0, 1, 0]])
+    assert measured(Cloze4, logits, labels) == 1.0
+    with pytest.raises(DataError, match="item 7 has 3 options, not 4"):
+        measured(Cloze4, logits[1:], labels[1:])
+
+
+def test_choice_of_a_model_without_a_batch() -> None:
+    metric = Choice()
+    logits = np.log(np.array([[0.1, 0.9]]))
+    metric.update({"logits": logits}, np.array([[0, 1, 1, 1]]), {})
+    metric.update({"logits": logits}, np.array([[0, 0, 1, 0]]), {})
+    assert metric.value() == 1.0
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([[0, 1, 1, 0], [0, 0, 1, 0]], "do not fit"),
+        ([[0, 1, 1, 0, 9], [0, 0, 1, 0, 1]], "up to 2"),
+        ([[0, 2, 1, 0, 1], [0, 0, 1, 0, 1]], r"begins \[2, 1\]"),
+        ([[0, 1, 0, 0, 1], [0, 0, 1, 0, 1]], r"begins \[1, 0\]"),
+        ([[0, 1, 1, -1, -1], [0, 0, 1, 0, 1]], "0 tokens"),
+        ([[0, 1, 1, 0, 1], [0, 1, 1, 0, 1]], "2 options, 2 of them right"),
+        ([[0, 0, 1, 0, 1], [0, 0, 1, 0, 1]], "2 options, 0 of them right"),
+        ([[0, 1, 1, 0, 1], [1, 1, 1, 0, 1]], "1 options"),
+        ([[0.0, 1, 1, 0, 1], [0.5, 0, 1, 0, 1]], "whole numbers"),
+    ],
+)
+def test_choices_that_do_not_fit(labels: list[list[float]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        measured(Choice, np.zeros((2, 2, 3)), np.array(labels))
+
+
+@pytest.mark.parametrize("kind", [CharacterAccuracy, LastWord])
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (np.array([[0, 3]]), "up to 2"),
+        (np.array([[0.0, 1.0]]), "whole numbers"),
+        (np.array([[0, 1, 2]]), "do not fit"),
+    ],
+)
+def test_labels_of_places_that_do_not_fit(kind: type[Metric], labels: Array, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        measured(kind, np.zeros((1, 2, 3)), labels)
+
+
+def test_a_sample_without_a_last_word() -> None:
+    with pytest.raises(DataError, match="no last word"):
+        measured(LastWord, np.zeros((2, 2, 3)), np.array([[0, 1], [-1, -1]]))
+    with pytest.raises(DataError, match="no axis of time"):
+        measured(LastWord, np.zeros(3), np.array(1))
+
+
+@pytest.mark.parametrize("kind", [CharacterAccuracy, LastWord, Agreement, Choice])
+def test_nothing_measured_is_no_number(kind: type[Metric]) -> None:
+    assert math.isnan(kind().value())
+    assert (kind.unit, kind.higher_is_better) == ("fraction", True)
+
+
 # -- finding metrics ------------------------------------------------------------------------------
 
 
@@ -427,6 +613,12 @@ def test_a_single_number_is_no_vector_of_scores() -> None:
 
 def test_own_metrics_come_by_entry_points() -> None:
     kinds = {
+        "agreement": Agreement,
+        "char-accuracy": CharacterAccuracy,
+        "choice": Choice,
+        "choice-norm": NormalizedChoice,
+        "cloze4": Cloze4,
+        "last-word": LastWord,
         "mse": MeanSquaredError,
         "per": PhoneErrorRate,
         "perplexity": Perplexity,

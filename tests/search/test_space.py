@@ -306,3 +306,35 @@ def test_a_space_can_be_written_as_json() -> None:
         "kept": {"fc": "w8a8"},
     }
     assert make_space(("a",), BIT_FUSION).to_dict()["genes"][0]["choices"] == [2, 4, 8, 16]
+
+
+def test_formats_are_choices_where_they_are_asked_for() -> None:
+    target = targets.get("generic/systolic")
+    plain = make_space(["a", "b"], target)
+    assert [gene.choices for gene in plain.genes] == [(4, 8)] * 4
+    texts = ["w8a8se", "w4a8", "w8a8", "w4a8se8", "w8a8se8", "w4a8se"]
+    space = make_space(["a", "b"], target, precisions=texts)
+    assert [gene.part for gene in space.genes] == ["weights", "activations"] * 2
+    # From coarse to fine.
+    assert [str(choice) for choice in space.genes[1].choices] == ["a8", "a8se8", "a8se"]
+    assert space.genes[1].to_dict()["choices"] == ["a8", "a8se8", "a8se"]
+    assert space.size == 6 * 6
+    for genome in itertools.product(*(range(len(gene.choices)) for gene in space.genes)):
+        assert space.genome(space.plan(genome)) == genome
+    assert {str(plan[0]) for plan in space.uniform()} == set(texts)
+    assert space.genome((Precision(4, 4), Precision(8, 8))) is None
+    assert space.genome((Precision.parse("w8a8se6"), Precision(8, 8))) is None
+
+
+def test_formats_of_some_widths_share_one_gene_a_layer() -> None:
+    target = targets.get("generic/systolic")
+    space = make_space(["a"], target, precisions=["w8a8", "w8a8se8", "w4a8"])
+    assert [(gene.part, [str(c) for c in gene.choices]) for gene in space.genes] == [
+        ("both", ["w4a8", "w8a8", "w8a8se8"])
+    ]
+
+
+def test_a_target_without_the_format_refuses_it() -> None:
+    with pytest.raises(PlanError, match="bitfusion/eyeriss cannot do the precision w8a8se") as e:
+        make_space(["a"], targets.get("bitfusion/eyeriss"), precisions=["w8a8", "w8a8se"])
+    assert "it decodes no soft-edge activations" in str(e.value)

@@ -9,7 +9,7 @@ import pytest
 
 from bitwright import Layer, Precision, PrecisionPlan, targets
 from bitwright.errors import PlanError, RunError, UsageError
-from tests.targets.descriptions import write
+from tests.targets.descriptions import changed, write
 
 WIDTHS = (2, 4, 8, 16)
 
@@ -55,6 +55,59 @@ def test_one_precision_for_all_layers_is_refused_in_a_word() -> None:
     with pytest.raises(PlanError) as raised:
         targets.get("silago/drra").check(layers)
     assert raised.value.what == "silago/drra cannot do the precision w2a8"
+
+
+def test_formats_of_activations_are_refused_where_there_is_no_decoder() -> None:
+    eyeriss = targets.get("bitfusion/eyeriss")
+    with pytest.raises(PlanError) as refused:
+        eyeriss.check({"conv1": Precision.parse("w8a8"), "conv2": Precision.parse("w8a8se8")})
+    assert str(refused.value) == (
+        "plan: bitfusion/eyeriss cannot do the precision of 1 layer: conv2 (w8a8se8)\n"
+        "  it allows weights of 2, 4, 8, 16 bits with activations of 2, 4, 8, 16 bits; it decodes "
+        "no soft-edge activations"
+    )
+    layer = Layer.matmul(rows=1, in_features=2, out_features=3, name="fc")
+    with pytest.raises(PlanError, match=r"layer 'fc': bitfusion/eyeriss cannot do .* w8a8se\n"):
+        eyeriss.cost(layer, "w8a8se")
+
+
+def test_formats_of_activations_that_an_accelerator_has(tmp_path: Path) -> None:
+    systolic = targets.get("generic/systolic")
+    assert [
+        str(p) for p in systolic.soft_edge_precisions
+    ] == "w4a8se w4a8se8 w8a8se w8a8se8".split()
+    # They are used where they are asked for.
+    assert not any(p.activation_format != "int" for p in systolic.allowed_precisions)
+    systolic.check({"fc": Precision.parse("w4a8se8")})
+    with pytest.raises(
+        PlanError, match="with activations of 4, 8 bits, and activations a8se, a8se8"
+    ):
+        systolic.check({"fc": Precision.parse("w4a8se6")})
+    formats = {"precisions.activation_formats": ["int", "soft-edge8", "soft-edge4"]}
+    fusion = targets.get(changed(tmp_path, "bitfusion/eyeriss", formats))
+    layer = Layer.matmul(rows=16, in_features=64, out_features=16)  # read once
+    # A fusion unit takes as long as with 16 bits, and memory moves as many as with 8, or with 4.
+    costs = {
+        text: fusion.cost(layer, f"w8{text}") for text in ("a4", "a8", "a16", "a8se8", "a4se4")
+    }
+    for form, stored in (("a8se8", "a8"), ("a4se4", "a4")):
+        assert costs[form].peak_macs_per_cycle == costs["a16"].peak_macs_per_cycle
+        assert costs[form].dram_read_bits == costs[stored].dram_read_bits
+
+
+@pytest.mark.parametrize(
+    "formats, what",
+    [
+        (["soft-edge8"], "int must be among activation_formats"),
+        (["int", "int"], "a format stands twice"),
+        (["int", "soft-edge4"], "soft-edge4 needs activation_bits of 4"),
+        (["int", "soft"], "activation_formats"),
+    ],
+)
+def test_wrong_formats_in_a_description(formats: list[str], what: str, tmp_path: Path) -> None:
+    values = {"precisions.activation_formats": formats, "precisions.activation_bits": [8]}
+    with pytest.raises(UsageError, match=what):
+        targets.get(changed(tmp_path, "bitfusion/eyeriss", values))
 
 
 def test_tvm_target() -> None:

@@ -99,6 +99,7 @@ def test_energy_of_a_block() -> None:
 
 def test_a_cell_that_takes_several_cycles(tmp_path: Path) -> None:
     speeds = {"w8a8": 0.25, "w8a4": 0.5, "w4a8": 0.5, "w4a4": 1}
+    speeds |= {"w8a8se": 0.125, "w8a8se8": 0.125, "w4a8se": 0.25, "w4a8se8": 0.25}
     slow = with_bandwidth(tmp_path, 10**6, **{"cost.macs_per_cell.value": speeds})
     layer = Layer.matmul(rows=1000, in_features=32, out_features=32)
     assert slow.cost(layer, W8A8).cycles == 4 * 1000 + 62
@@ -108,3 +109,19 @@ def test_tables_must_have_all_precisions(tmp_path: Path) -> None:
     path = changed(tmp_path, "generic/systolic", {"cost.macs_per_cell.value.w4a8": DROPPED})
     with pytest.raises(UsageError, match=r"cost.macs_per_cell': has no entry for w4a8"):
         targets.get(path)
+
+
+def test_soft_edge_codes_move_as_they_are_stored_and_multiply_as_16_bits() -> None:
+    layer = Layer.matmul(rows=1000, in_features=64, out_features=96)
+    plain, soft, wide = (ARRAY.cost(layer, f"w8{form}") for form in ("a8", "a8se8", "a8se"))
+    weights, inputs, outputs = 8 * 64 * 96, 8 * 1000 * 64, 8 * 1000 * 96
+    assert plain.dram_read_bits == soft.dram_read_bits == weights + inputs
+    assert plain.dram_write_bits == soft.dram_write_bits == outputs
+    # The 9 bits of three scales are stored as 16.
+    assert (wide.dram_read_bits, wide.dram_write_bits) == (weights + 2 * inputs, 2 * outputs)
+    assert (plain.peak_macs_per_cycle, soft.peak_macs_per_cycle) == (32 * 32, 32 * 32 / 2)
+    assert soft.energy_pj is not None
+    assert plain.energy_pj is not None
+    assert soft.energy_pj["mac"] / plain.energy_pj["mac"] == pytest.approx(
+        (0.4 + 0.1) / (0.2 + 0.1)
+    )

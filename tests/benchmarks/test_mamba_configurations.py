@@ -1,0 +1,78 @@
+"""The configurations that are compared, on the language model of examples/mamba_text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from benchmarks.mamba_activations import activation_row, heavy_tailed
+from benchmarks.mamba_configurations import (
+    configurations,
+    float_runner,
+    largest_difference,
+    plan_of,
+    quantized,
+    runner,
+)
+from bitwright.vocabulary import Activation
+from examples.mamba_text import network
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "mamba_text"
+FOUND = {configuration.name: configuration for configuration in configurations()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "mamba.onnx"
+    onnx.save(network.build_onnx(network.load(EXAMPLE / "mamba.npz")), path)
+    return path
+
+
+def test_every_configuration_has_a_name_and_a_reference_before_it() -> None:
+    names = [configuration.name for configuration in configurations()]
+    assert len(set(names)) == len(names)
+    for number, configuration in enumerate(configurations()):
+        if configuration.reference is not None:
+            assert configuration.reference in names[:number]
+
+
+def test_forms_reach_the_tensors_they_are_for(model: Path) -> None:
+    assert plan_of(FOUND["scan/quamba 99.9"], model) is None
+    plan = plan_of(FOUND["scan/quamba 99.9 x a8se8"], model)
+    assert plan is not None
+    assert plan.scan_inputs == {f"layer{n}.u": Activation.parse("a8se8") for n in range(4)}
+    assert {str(precision) for precision in plan.layers.values()} == {"w8a8"}
+    assert len(plan.layers) == 4 * 5 + 1  # and the projection to the vocabulary
+    plan = plan_of(FOUND["all/a4se4 mmse"], model)
+    assert plan is not None
+    # dt, x, B and C of four scans.
+    assert len(plan.scan_inputs) == 16
+    assert set(plan.scan_inputs.values()) == {Activation.parse("a4se4")}
+    assert {str(precision) for precision in plan.layers.values()} == {"w8a4se4"}
+
+
+def test_calibrated_segments_are_better_on_heavy_tails() -> None:
+    for name, values in heavy_tailed().items():
+        row = activation_row(name, *np.split(values, 2))
+        single = max(value for key, value in row.items() if key.startswith("a8 "))
+        assert row["a8se8"] > single + 3, name
+
+
+@pytest.mark.slow
+def test_artefacts_do_what_onnxruntime_does(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path))
+    tokens = np.random.default_rng(0).integers(0, 2_048, (4, 64))
+    (expected,) = ort.InferenceSession(model).run(None, {"tokens": tokens[0]})
+    np.testing.assert_allclose(float_runner(model)(tokens[0]), expected, rtol=1e-3, atol=1e-3)
+    for name in ("scan/quamba 99.9 x a8se", "all/a8se8 100"):
+        path = quantized(FOUND[name], model, {"tokens": tokens})
+        assert quantized(FOUND[name], model, {"tokens": tokens}) == path
+        run = runner(path, "artefact")
+        # Codes on the edge of rounding differ: the scans between them are float32.
+        assert largest_difference(path, run, [tokens[0]]) < 0.1
