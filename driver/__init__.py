@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitwright import targets
     from bitwright.artifact import Artifact, load_artifact
+    from bitwright.choosing import choose_forms
     from bitwright.compilation import (
         Passes,
         compile,  # noqa: A004 - the command's name
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bitwright.inspection import Inspection, inspect
     from bitwright.linking import link
     from bitwright.planning import make_plan
+    from bitwright.quant.forms import FormChoices
     from bitwright.quantization import quantize
     from bitwright.reporting import Report, report
     from bitwright.searching import Search, Sensitivity, search_precisions, sensitivity
@@ -40,6 +42,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Evaluation",
+    "FormChoices",
     "Front",
     "Inspection",
     "Layer",
@@ -54,6 +57,7 @@ __all__ = [
     "SideBySide",
     "SortingUnit",
     "Transitions",
+    "choose_forms",
     "compare",
     "compile",
     "cost",
@@ -81,6 +85,7 @@ _HOMES = {
     "Comparison": "evaluation",
     "Cost": "costing",
     "Evaluation": "evaluation",
+    "FormChoices": "quant.forms",
     "Front": "fronts",
     "Inspection": "inspection",
     "Layer": "vocabulary",
@@ -95,6 +100,7 @@ _HOMES = {
     "SideBySide": "evaluation",
     "SortingUnit": "targets.sorting_unit",
     "Transitions": "transitions",
+    "choose_forms": "choosing",
     "compare": "evaluation",
     "compile": "compilation",
     "cost": "costing",

@@ -355,6 +355,56 @@ def quantize(
 
 
 @_command
+def choose_forms(
+    model: Model,
+    calibration: Annotated[
+        Path, _file_option(help="Samples (.npz): one array a model input, a few hundred entries.")
+    ],
+    output: Annotated[
+        Path | None, _file_option("--output", "-o", help="The plan to write (JSON).")
+    ] = None,
+    precision: PrecisionOfAll = None,
+    plan: PlanFile = None,
+    overwrite: Overwrite = False,
+    forms: Annotated[
+        str | None, typer.Option(help="Forms to try \\[default: a8,a8se,a8se8].")
+    ] = None,
+    percentiles: Annotated[
+        str | None,
+        typer.Option(help="Percentiles to try \\[default: 99,99.9,99.99,99.999,100]."),
+    ] = None,
+    recipe: Recipe = "default",
+    rotation: Rotation = True,
+    samples: Annotated[int, typer.Option(help="Samples that candidates are run on.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Choose form and range of every activation by the noise at the outputs; write a plan."""
+    from bitwright.choosing import choose_forms as run
+
+    with _progress("trying forms") as progress:
+        result = run(
+            model,
+            calibration=calibration,
+            precision=precision,
+            plan=plan,
+            output=output,
+            overwrite=overwrite,
+            forms=forms,
+            percentiles=percentiles,
+            recipe=recipe,
+            rotation=rotation,
+            samples=samples,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from bitwright.tables import print_forms
+
+        print_forms(result)
+
+
+@_command
 def evaluate(
     model: Model,
     data: Annotated[Path, _file_option(help="Samples (.npz), with an array 'labels' if needed.")],

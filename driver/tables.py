@@ -18,6 +18,7 @@ from bitwright.compilation import Passes
 from bitwright.costing import Cost
 from bitwright.evaluation import Comparison, Form, SideBySide
 from bitwright.inspection import Inspection, shape_option
+from bitwright.quant.forms import FormChoices
 from bitwright.quant.quantizer import Quantized, TensorSummary
 from bitwright.targets import Accelerator, Installed, Link
 from bitwright.targets.link import ROW_MAJOR, UNSORTED
@@ -33,6 +34,7 @@ __all__ = [
     "print_artifact",
     "print_comparison",
     "print_cost",
+    "print_forms",
     "print_inspection",
     "print_passes",
     "print_quantized",
@@ -195,6 +197,29 @@ def print_quantized(result: Quantized, model: Path, output: Path) -> None:
         f"weights {_bytes(result.float_weight_bytes)} -> {_bytes(result.weight_bytes)} "
         f"({result.float_weight_bytes / max(result.weight_bytes, 1):.2f}x smaller); "
         f"file {_bytes(before)} -> {_bytes(after)}"
+    )
+
+
+def print_forms(result: FormChoices) -> None:
+    """Print form and range of every tensor, and how all together compare with one for all."""
+    console = new_console()
+    table = new_table(
+        "Forms of activations", ["tensor", "read by", "form"], ["percentile", "alone", "worst"]
+    )
+    for entry in result.tensors:
+        table.add_row(
+            escape(entry.name),
+            escape(", ".join(entry.readers)),
+            str(entry.form),
+            f"{entry.percentile:g} %",
+            f"{entry.alone_db[entry.form, entry.percentile]:.1f} dB",
+            f"{min(entry.alone_db.values()):.1f} dB",
+        )
+    console.print(table)
+    (form, percent), best = max(result.uniform_db.items(), key=lambda item: item[1])
+    console.print(
+        f"at the outputs {result.sqnr_db:.1f} dB over {result.samples} samples, weights float; the "
+        f"best of one for all, {form} at {percent:g} %, has {best:.1f} dB"
     )
 
 

@@ -27,6 +27,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "inspect": bitwright.inspect,
     "plan": bitwright.make_plan,
     "quantize": bitwright.quantize,
+    "choose-forms": bitwright.choose_forms,
     "evaluate": bitwright.evaluate,
     "compare": bitwright.compare,
     "compile": bitwright.compile,

@@ -30,6 +30,7 @@ RUN = [
     "README.md",
     "docs/artefact.md",
     "docs/link.md",
+    "docs/mamba.md",
     "docs/search.md",
     "docs/targets.md",
     "docs/write-a-metric.md",

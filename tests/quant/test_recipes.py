@@ -49,10 +49,10 @@ def quantize(model: onnx.ModelProto, folder: Path, **options: Any) -> Quantized:
     return bitwright.quantize(path, **options)
 
 
-def error_db(result: onnx.ModelProto, model: onnx.ModelProto) -> float:
-    """Signal to noise at the output, on other samples."""
+def error_db(result: onnx.ModelProto, model: onnx.ModelProto, seed: int = 1) -> float:
+    """Signal to noise at the output, by default on other samples than those of the calibration."""
     noise = power = 0.0
-    for x in samples(seed=1)["x"]:
+    for x in samples(seed=seed)["x"]:
         expected = run(model, x)[0]
         noise += float(np.square(run(result, x)[0] - expected).sum())
         power += float(np.square(expected).sum())

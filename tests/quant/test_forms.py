@@ -1,0 +1,143 @@
+"""The choice of form and percentile, on a small Mamba block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import bitwright
+from bitwright.errors import UsageError
+from bitwright.quant import forms as module
+from bitwright.quant.forms import FormChoices
+from bitwright.quant.observers import Observer
+from bitwright.quant.soft_edge import choose_activation
+from bitwright.vocabulary import Activation, PrecisionPlan
+from tests.quant.mamba import mamba, samples
+from tests.quant.qdq import Builder, quantize
+from tests.quant.test_recipes import error_db
+
+PERCENTILES = (99.0, 100.0)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("forms") / "float.onnx"
+    onnx.save(mamba(both_ways=True), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(path: Path) -> FormChoices:
+    return bitwright.choose_forms(
+        path, calibration=samples(), recipe="quamba", percentiles=PERCENTILES, samples=6
+    )
+
+
+def test_every_tensor_that_is_read_quantized(found: FormChoices) -> None:
+    readers = {entry.name: entry.readers for entry in found.tensors}
+    assert readers == {
+        "z": ("in_proj",),
+        "t3": ("conv",),
+        "u": ("x_proj", "loop", "back"),
+        "r": ("dt_proj",),
+        "B": ("loop", "back"),
+        "C": ("loop", "back"),
+        "dt": ("loop", "back"),
+        "yg": ("out_proj",),
+    }
+    assert found.samples == 6
+
+
+def test_each_has_what_is_best_for_some(found: FormChoices) -> None:
+    """Together they are no worse than any single choice for all."""
+    assert found.sqnr_db >= max(found.uniform_db.values())
+    for entry in found.tensors:
+        assert (entry.form, entry.percentile) in entry.alone_db
+        # All others quantized too, there is more noise.
+        assert max(entry.alone_db.values()) > found.sqnr_db
+
+
+def test_the_plan_is_what_was_chosen(found: FormChoices, path: Path) -> None:
+    chosen = {entry.name: entry for entry in found.tensors}
+    plan = PrecisionPlan.from_json(found.plan.to_json())
+    assert plan.percentiles == {name: entry.percentile for name, entry in chosen.items()}
+    assert plan.scan_inputs == {name: chosen[name].form for name in ("u", "dt", "B", "C")}
+    for entry in found.tensors:
+        for layer in entry.readers:
+            if layer in plan.layers:
+                assert plan.layers[layer].activation == entry.form
+                assert plan.layers[layer].weight_bits == 8
+    result = bitwright.quantize(path, calibration=samples(), recipe="quamba", plan=plan)
+    plain = bitwright.quantize(path, calibration=samples(), recipe="quamba")
+    model = mamba(both_ways=True)
+    assert error_db(result.model, model, 0) > error_db(plain.model, model, 0)
+    assert result.plan == plan
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_noise_is_that_of_the_quantized_model(path: Path) -> None:
+    """With weights of 16 bits, the QDQ model has the noise that was measured."""
+    layers = ("in_proj", "conv", "x_proj", "dt_proj", "out_proj")
+    data = samples()
+    found = bitwright.choose_forms(
+        path, calibration=data, recipe="quamba", precision="w16a8", forms="a8", percentiles="100",
+        samples=len(data["x"]),
+    )  # fmt: skip
+    assert {str(found.plan.layers[name]) for name in layers} == {"w16a8"}
+    assert list(found.uniform_db) == [(Activation(8), 100.0)]
+    assert found.sqnr_db == pytest.approx(found.uniform_db[Activation(8), 100.0])
+    result = bitwright.quantize(path, calibration=data, recipe="quamba", plan=found.plan)
+    measured = error_db(result.model, mamba(both_ways=True), 0)
+    assert measured == pytest.approx(found.sqnr_db, abs=1.0)
+
+
+@pytest.mark.parametrize("form", ["a8", "a4", "a8se", "a8se8", "a8se6", "a4se4"])
+@pytest.mark.parametrize("positive", [False, True])
+def test_arrays_are_quantized_as_the_codes_say(form: str, positive: bool) -> None:
+    random = np.random.default_rng(7)
+    x = random.standard_t(3, 20_000).astype(np.float32)
+    x = np.maximum(x, np.float32(-0.27)) if positive else x
+    observer = Observer(exact=True)
+    observer.update(x)
+    quantization = choose_activation(
+        observer, Activation.parse(form), method="percentile", percentile=99.0
+    )
+    found = module._quantizer(quantization)(x)
+    layout = quantization.layout
+    if layout is None:
+        codes = quantize(x, quantization) - quantization.zero_point
+    else:
+        codes = layout.decode(layout.encode(x, quantization.scale)).astype(np.int64)
+    expected = codes.astype(np.float32) * np.float32(quantization.scale)
+    assert np.mean(found != expected) < 5e-4  # ties of negative values alone
+
+
+def test_a_model_without_scans(tmp_path: Path) -> None:
+    build = Builder()
+    random = np.random.default_rng(1)
+    x = build.input("x", ["n", 6])
+    first = build.constant(random.normal(size=(6, 16)).astype(np.float32))
+    second = build.constant(random.normal(size=(16, 3)).astype(np.float32))
+    hidden = build.node("Relu", build.node("MatMul", x, first, name="one"))
+    path = tmp_path / "net.onnx"
+    onnx.save(build.model(build.node("MatMul", hidden, second, name="two")), path)
+    data = {"x": random.standard_t(2, (40, 6)).astype(np.float32)}
+    target = tmp_path / "plan.json"
+    found = bitwright.choose_forms(path, calibration=data, precision="w8a8", output=target)
+    assert [entry.readers for entry in found.tensors] == [("one",), ("two",)]
+    result = bitwright.quantize(path, calibration=data, plan=target)
+    assert result.plan.layers == found.plan.layers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"forms": []}, {"percentiles": []}, {"percentiles": "0"}, {"percentiles": "x"},
+     {"percentiles": [100.5]}, {"samples": 0}],
+)  # fmt: skip
+def test_nothing_to_choose_from(path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        bitwright.choose_forms(path, calibration=samples(), recipe="quamba", **options)  # type: ignore[arg-type]  # some are wrong
