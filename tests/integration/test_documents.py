@@ -31,6 +31,7 @@ RUN = [
     "docs/artefact.md",
     "docs/link.md",
     "docs/search.md",
+    "docs/soft-edge.md",
     "docs/targets.md",
     "docs/write-a-metric.md",
     "docs/write-a-pass.md",
