@@ -32,6 +32,7 @@ RUN = [
     "docs/link.md",
     "docs/mamba.md",
     "docs/search.md",
+    "docs/soft-edge.md",
     "docs/targets.md",
     "docs/write-a-metric.md",
     "docs/write-a-pass.md",
