@@ -63,6 +63,7 @@ def test_layers_are_described_in_order(built: tuple[Built, Path, list[str]]) -> 
         "kernel": True,
         "weight_count": 108,
         "weight_bytes": 108,
+        "activation_format": "int",
     }
     assert (second.name, second.operator, second.weight_count) == ("fc", "matmul", 320)
 
