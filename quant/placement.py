@@ -64,7 +64,8 @@ class Placement:
     fixed_point_loops
         Whether elementwise operators in the bodies of loops do.
     scan_inputs
-        Scan to the indices of inputs that are quantized, and how.
+        Selective scan, or softplus in front of one, to the indices of inputs that are quantized,
+        and how.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Placement:
         return value
 
     def scanned(self, node: ir.Node) -> list[tuple[ir.Value, Activation]]:
-        """What a Scan reads quantized."""
+        """What a selective scan, or a softplus in front of one, reads quantized."""
         pairs = [(node.inputs[i], form) for i, form in self.scan_inputs.get(node, {}).items()]
         return [(value, form) for value, form in pairs if value is not None]
 

@@ -178,7 +178,7 @@ def _check_tensors(model: Model, plan: PrecisionPlan, where: str) -> None:
     """Refuse names of tensors that a plan says something about, and that are not there."""
     if plan.scan_inputs:
         scans = selective_scans(model.graph)
-        read = {str(value.name): None for scan in scans for value in scan.tensors.values()}
+        read = dict.fromkeys(name for scan in scans for name in scan.places)
         if unknown := [name for name in plan.scan_inputs if name not in read]:
             raise PlanError(
                 f"no selective scan reads {', '.join(map(repr, unknown))}",
@@ -380,12 +380,12 @@ def calibrate_model(
 def _scan_inputs(
     scans: Sequence[SelectiveScan], wanted: Mapping[str, Activation]
 ) -> dict[ir.Node, dict[int, Activation]]:
-    """For each selective scan the indices of inputs that are quantized, and how."""
+    """For nodes in front of selective scans, and those, the inputs that are quantized, and how."""
     found: dict[ir.Node, dict[int, Activation]] = {}
     for scan in scans:
-        for index, value in scan.tensors.items():
-            if str(value.name) in wanted:
-                found.setdefault(scan.node, {})[index] = wanted[str(value.name)]
+        for name, (node, index) in scan.places.items():
+            if name in wanted:
+                found.setdefault(node, {})[index] = wanted[name]
     return found
 
 

@@ -102,9 +102,14 @@ class Recipe:
         scan_inputs = dict(plan.scan_inputs)
         percentiles = dict(plan.percentiles)
         for scan in scans:
+            softened = any(
+                name in plan.scan_inputs
+                for name, (node, _) in scan.places.items()
+                if node is not scan.node
+            )
             for role in ROLES:
                 value = scan.value(role)
-                if value is None:
+                if value is None or (role == "dt" and softened):
                     continue
                 if self.scan_inputs is not None:
                     scan_inputs.setdefault(str(value.name), self.scan_inputs)

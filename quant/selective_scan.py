@@ -66,6 +66,24 @@ class SelectiveScan:
         values = ((index, self.node.inputs[index]) for index in self.inputs.values())
         return {index: value for index, value in values if value is not None}
 
+    @property
+    def places(self) -> dict[str, tuple[ir.Node, int]]:
+        """Names of tensors that can be quantized for it, to the node and input that read them.
+
+        Those that enter it, and what the softplus in front of ``dt`` reads: one step before a
+        softplus is one step of ``dt`` where it is large, and a constant factor where it is small.
+        """
+        found = {str(value.name): (self.node, index) for index, value in self.tensors.items()}
+        value = self.value("dt")
+        node = None if value is None else value.producer()
+        while node is not None and node.op_type in ("Add", "Mul"):
+            constants = [constant(value) is not None for value in node.inputs]
+            value = node.inputs[1 if constants[0] else 0] if any(constants) else None
+            node = None if value is None else value.producer()
+        if node is not None and node.op_type == "Softplus" and node.inputs[0] is not None:
+            found[str(node.inputs[0].name)] = (node, 0)
+        return found
+
     def value(self, role: str) -> ir.Value | None:
         """The tensor of a role, as it enters the Scan."""
         return self.node.inputs[self.inputs[role]] if role in self.inputs else None

@@ -394,3 +394,22 @@ def test_all_zero_and_infinite_activations(tmp_path: Path) -> None:
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(16, 3e38, np.float32), "b_in"))
     with pytest.raises(RunError, match="NaN or infinite"):
         quantize(model, tmp_path, recipe="quamba")
+
+
+# -- in front of the softplus --------------------------------------------------------------------
+
+
+def test_what_the_softplus_of_the_time_steps_reads(tmp_path: Path) -> None:
+    """Named in a plan, it is quantized instead of the time steps; the softplus stays float."""
+    float_model = mamba(both_ways=True)
+    layers = dict.fromkeys(LAYERS, Precision(8, 8))
+    plan = PrecisionPlan(layers, scan_inputs={"db": Activation(8)})
+    result = quantize(float_model, tmp_path, recipe="quamba", plan=plan)
+    assert sorted(result.plan.scan_inputs) == ["B", "C", "db", "u"]
+    (softplus,) = [node for node in result.model.graph.node if node.op_type == "Softplus"]
+    produced = {name: node for node in result.model.graph.node for name in node.output}
+    assert produced[softplus.input[0]].op_type == "DequantizeLinear"
+    for scan in (node for node in result.model.graph.node if node.op_type == "Scan"):
+        assert scan.input[1] == softplus.output[0]
+    assert "Softplus" in {kind for _, kind in result.float_operators}
+    assert error_db(result.model, float_model) > 25.0
