@@ -28,7 +28,6 @@ def calibrate(
     batch_size: int | None = None,
     keep: bool = False,
     exact: Container[ir.Value] = (),
-    relative: Container[ir.Value] = (),
     progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, Observer], list[Batch]]:
     """Observe tensors over all samples, once, one batch of activations in memory.
@@ -48,8 +47,6 @@ def calibrate(
         tensors stay below 192 MiB.
     exact
         Values whose observers count every element.
-    relative
-        Values of which relative errors matter.
     progress
         Called after every batch.
 
@@ -68,10 +65,7 @@ def calibrate(
         If a tensor becomes NaN or infinite; it is named.
     """
     watched = list(dict.fromkeys(values))
-    observers = {
-        str(value.name): Observer(exact=value in exact, relative=value in relative)
-        for value in watched
-    }
+    observers = {str(value.name): Observer(exact=value in exact) for value in watched}
     inputs = set(model.graph.inputs)
     session_outputs = [value for value in watched if value not in inputs]
     fed = {str(value.name) for value in watched if value in inputs}

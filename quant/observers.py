@@ -38,8 +38,6 @@ MAX_VALUES_PER_SAMPLE: Final = 16384
 MIN_SCALE: Final = 2.0**-60
 """Smallest scale: products of two scales stay normal float32 numbers."""
 
-_RELATIVE_FLOOR: Final = 1.0 / 64.0
-
 _CANDIDATES = np.arange(1, 101) / 100.0  # clip thresholds relative to the largest value
 
 
@@ -121,17 +119,10 @@ class Observer:
     exact
         Whether all values of large tensors enter the histogram: percentiles near 100 % depend on
         a few of them.
-    relative
-        Whether errors matter relative to the value: what ``mmse`` and calibrated layouts make
-        small is then the sum of ``error^2 / (value^2 + floor^2)``, with a floor of 1/64 of the mean
-        magnitude. So it is for the time steps ``dt`` of a selective scan: the state decays by
-        ``exp(dt * A)`` a step and takes up ``dt * B * x``, so that over the length that a channel
-        remembers, an error of all small steps by a tenth changes the state by a tenth.
     """
 
-    def __init__(self, *, exact: bool = False, relative: bool = False) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         self._exact = exact
-        self._relative = relative
         self.minimum = math.inf
         self.maximum = -math.inf
         self.limit = 0.0
@@ -193,15 +184,6 @@ class Observer:
         centers = (np.arange(BINS) + 0.5) * self.bin_width - self.limit
         return np.clip(centers, min(self.minimum, 0.0), max(self.maximum, 0.0))
 
-    def weights(self) -> npt.NDArray[np.float64]:
-        """How much the squared error of the values of every bin matters."""
-        counts = self.counts.astype(np.float64)
-        if not self._relative or not counts.any():
-            return counts
-        magnitudes = np.abs(self.centers())
-        floor = float(magnitudes @ counts) / float(counts.sum()) * _RELATIVE_FLOOR
-        return counts / np.maximum(magnitudes**2 + floor**2, MIN_SCALE)
-
     def percentile(self, percent: float) -> float:
         """Magnitude below which ``percent`` % of the values lie, interpolated inside its bin."""
         half = BINS // 2
@@ -238,19 +220,12 @@ def squared_error(
     code_min: int,
     code_max: int,
     layout: SoftEdge | None = None,
-    *,
-    plain: bool = False,
 ) -> npt.NDArray[np.float64]:
-    """Expected sum of squared quantization errors of the histogram, one a candidate.
-
-    Weighted as the observer says, unless ``plain``.
-    """
-    used = np.flatnonzero(observer.counts)
-    weights = observer.counts.astype(np.float64) if plain else observer.weights()
-    centers, counts = observer.centers()[used], weights[used]
+    """Expected sum of squared quantization errors of the histogram, one a candidate."""
     if layout is not None:
-        width = observer.bin_width
-        return np.array([_layout_error(centers, counts, width, layout, float(s)) for s in scales])
+        return np.array([_layout_error(observer, layout, float(scale)) for scale in scales])
+    used = np.flatnonzero(observer.counts)
+    centers, counts = observer.centers()[used], observer.counts[used].astype(np.float64)
     errors = np.empty(len(scales))
     for i, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
         codes = np.rint(centers / scale) + zero_point
@@ -266,14 +241,10 @@ def squared_error(
     return errors
 
 
-def _layout_error(
-    centers: npt.NDArray[np.float64],
-    counts: npt.NDArray[np.float64],
-    bin_width: float,
-    layout: SoftEdge,
-    step: float,
-) -> float:
+def _layout_error(observer: Observer, layout: SoftEdge, step: float) -> float:
     """As :func:`squared_error` of one candidate."""
+    used = np.flatnonzero(observer.counts)
+    centers, counts = observer.centers()[used], observer.counts[used].astype(np.float64)
     codes = layout.encode(centers.astype(np.float32), step).astype(np.int64)
     error = layout.decode(codes) * step - centers
     squares = error * error
@@ -283,7 +254,7 @@ def _layout_error(
     inside = (centers >= layout.value_min * step - strides / 2.0) & (
         centers <= layout.value_max * step + strides / 2.0
     )
-    fine = inside & (strides < bin_width)
+    fine = inside & (strides < observer.bin_width)
     squares[fine] = strides[fine] * strides[fine] / 12.0
     return float(squares @ counts)
 
@@ -297,7 +268,6 @@ def expected_sqnr_db(observer: Observer, quantization: TensorQuantization) -> fl
         quantization.code_min,
         quantization.code_max,
         quantization.layout,
-        plain=True,
     )[0]
     signal = float((observer.centers() ** 2) @ observer.counts)
     if error <= 0.0:

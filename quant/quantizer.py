@@ -329,7 +329,6 @@ def calibrate_model(
         batch_size=batch_size,
         keep=clip != "minmax",
         exact=ranges,
-        relative={value for scan in scans if (value := scan.value("dt")) is not None},
         progress=progress,
     )
     quantizations = {

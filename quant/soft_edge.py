@@ -216,14 +216,14 @@ class _Histogram:
     centers
         Values, ascending.
     sums
-        For the powers 0, 1 and 2 of the values, sums of weights times powers, shape
+        For the powers 0, 1 and 2 of the values, sums of counts times powers, shape
         [3, number of values + 1]; the first of each is 0.
     """
 
     def __init__(self, observer: Observer) -> None:
         used = np.flatnonzero(observer.counts)
         self.centers: Floats = observer.centers()[used]
-        counts = observer.weights()[used]
+        counts = observer.counts[used].astype(np.float64)
         powers = counts * self.centers ** np.arange(3)[:, None]
         self.sums: Floats = np.zeros((3, len(used) + 1))
         np.cumsum(powers, axis=1, out=self.sums[:, 1:])
