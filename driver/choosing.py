@@ -69,7 +69,7 @@ def choose_forms(
     RunError
         If calibration runs into NaN or infinite values.
     """
-    path = None if output is None else check_writable(output, overwrite=overwrite)
+    path = None if output is None else check_writable(output, overwrite=overwrite, model=model)
     if samples < 1:
         raise UsageError(f"{samples} samples are not possible", where="--samples")
     loaded = load(model)

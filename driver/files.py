@@ -12,14 +12,23 @@ from bitwright.errors import OutputError
 __all__ = ["check_writable", "write_atomically"]
 
 
-def check_writable(path: str | Path, *, overwrite: bool) -> Path:
+def check_writable(path: str | Path, *, overwrite: bool, model: str | Path | None = None) -> Path:
     """Refuse an output path before the work starts rather than after it.
+
+    Parameters
+    ----------
+    path
+        Where the output goes.
+    overwrite
+        Whether it may exist.
+    model
+        The float model that is read, which an output must not replace.
 
     Raises
     ------
     OutputError
-        If the file exists (and ``overwrite`` is not set), is no regular file, or its folder is
-        missing or read-only.
+        If the file exists (and ``overwrite`` is not set), is the model or no regular file, or its
+        folder is missing or read-only.
     """
     path = Path(path)
     try:
@@ -33,6 +42,10 @@ def check_writable(path: str | Path, *, overwrite: bool) -> Path:
             "exists already",
             where=str(path),
             fix="choose another name, or overwrite it (--overwrite)",
+        )
+    if exists and model is not None and path.resolve() == Path(model).resolve():
+        raise OutputError(
+            "is the float model itself, which would be lost", where=str(path), fix="choose another"
         )
     if exists and not path.is_file():  # a result takes the place of what was there, even a device's
         raise OutputError("is not a regular file; give another name", where=str(path))

@@ -54,7 +54,7 @@ def make_plan(
     PlanError
         If a precision or a layer does not exist.
     """
-    path = None if output is None else check_writable(output, overwrite=overwrite)
+    path = None if output is None else check_writable(output, overwrite=overwrite, model=model)
     loaded = load(model)
     if loaded.is_quantized:
         raise ModelError(

@@ -94,11 +94,7 @@ def quantize(
     RunError
         If calibration runs into NaN or infinite values.
     """
-    path = None if output is None else check_writable(output, overwrite=overwrite)
-    if path is not None and path.exists() and path.resolve() == Path(model).resolve():
-        raise OutputError(
-            "is the float model itself, which would be lost", where=str(path), fix="choose another"
-        )
+    path = None if output is None else check_writable(output, overwrite=overwrite, model=model)
     loaded = load(model)
     complete = resolve_plan(loaded, precision, plan, elementwise_bits, loop_bits, recipe=recipe)
     result = quantize_model(

@@ -171,6 +171,13 @@ def choose_tensor_forms(
             "there is nothing to choose from",
             fix="give one form, one percentile and one sample at least",
         )
+    if not any(value.dtype.kind == "f" for value in model.outputs):
+        names = ", ".join(repr(value.name) for value in model.outputs)
+        raise ModelError(
+            f"no output is of floats ({names}), so that no noise can be measured there",
+            where=model.source,
+            fix="give a model that ends in front of its ArgMax, TopK or Cast",
+        )
     options = get_recipe(recipe).with_options(rotation=rotation)
     reads = _reads(model)
     scan_inputs = {

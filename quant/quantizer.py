@@ -187,6 +187,16 @@ def _check_tensors(model: Model, plan: PrecisionPlan, where: str) -> None:
                 if read
                 else "the model has no selective scan: leave scan_inputs out",
             )
+        for scan in scans:
+            value = scan.value("dt")
+            before = next((n for n, (node, _) in scan.places.items() if node is not scan.node), "")
+            if value is not None and {value.name, before} <= set(plan.scan_inputs):
+                raise PlanError(
+                    f"{value.name!r} and {before!r}, which the softplus in front of it reads, are "
+                    "both to be quantized",
+                    where=f"{where}, scan_inputs",
+                    fix="name one of them",
+                )
     if plan.percentiles:
         names = {str(value.name) for value in _activations(model.graph)}
         if unknown := [name for name in plan.percentiles if name not in names]:

@@ -144,3 +144,15 @@ def test_a_link_to_nowhere_is_replaced(tmp_path: Path) -> None:
     write_atomically(check_writable(link, overwrite=False), b"content")
     assert link.read_bytes() == b"content"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_output_does_not_replace_the_model(tmp_path: Path) -> None:
+    model, other = tmp_path / "model.onnx", tmp_path / "other.onnx"
+    model.write_bytes(b"weights")
+    other.symlink_to(model)
+    for path in (model, other):
+        with pytest.raises(OutputError, match="is the float model itself"):
+            check_writable(path, overwrite=True, model=str(model))
+    with pytest.raises(OutputError, match="exists already"):
+        check_writable(model, overwrite=False, model=model)
+    assert check_writable(tmp_path / "new", overwrite=True, model=model) == tmp_path / "new"

@@ -64,7 +64,7 @@ class Bench:
             given = {"output": self.folder / "plan.json"}
         if command == "cost":
             given = {"target": "bitfusion/eyeriss", "precision": "w8a8"}
-        if command == "quantize":
+        if command in ("quantize", "choose-forms"):
             given = {"precision": "w8a8", "calibration": self.data, "output": self.output}
         if command in ("evaluate", "compare"):
             given = {"data": self.data}
@@ -1580,8 +1580,9 @@ def test_output_with_the_longest_name_there_is(bench: Bench) -> None:
     assert output.exists()
 
 
-def test_output_that_is_the_model(bench: Bench) -> None:
-    message = bench.refuse(bench.words("quantize", output=bench.model, overwrite=True))
+@pytest.mark.parametrize("command", ["plan", "quantize", "choose-forms"])
+def test_output_that_is_the_model(bench: Bench, command: str) -> None:
+    message = bench.refuse(bench.words(command, output=bench.model, overwrite=True))
     assert "is the float model itself" in message
 
 

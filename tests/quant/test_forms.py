@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import bitwright
-from bitwright.errors import UsageError
+from bitwright.errors import ModelError, UsageError
 from bitwright.quant import forms as module
 from bitwright.quant.forms import FormChoices
 from bitwright.quant.observers import Observer
@@ -141,3 +141,19 @@ def test_a_model_without_scans(tmp_path: Path) -> None:
 def test_nothing_to_choose_from(path: Path, options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         bitwright.choose_forms(path, calibration=samples(), recipe="quamba", **options)  # type: ignore[arg-type]  # some are wrong
+
+
+def test_a_model_without_a_float_output(tmp_path: Path) -> None:
+    build = Builder()
+    x = build.input("x", ["n", 6])
+    weights = build.constant(np.ones((6, 3), np.float32))
+    scores = build.node("MatMul", x, weights, name="one")
+    best = build.node("ArgMax", scores, axis=1)
+    model = build.model(best)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    data = {"x": np.ones((4, 6), np.float32)}
+    with pytest.raises(ModelError, match=f"no output is of floats.*{best}") as caught:
+        bitwright.choose_forms(path, calibration=data, precision="w8a8")
+    assert "ArgMax" in str(caught.value)

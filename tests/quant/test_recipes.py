@@ -331,6 +331,13 @@ def test_scan_inputs_that_no_scan_reads(tmp_path: Path) -> None:
     assert "dt, u, B, C" in str(error) or "u, dt, B, C" in str(error)
 
 
+def test_time_steps_and_what_their_softplus_reads_exclude_each_other(tmp_path: Path) -> None:
+    plan = with_plan(scan_inputs={"db": Activation(8), "dt": Activation(8)})
+    error = refused(tmp_path, plan=plan)
+    assert isinstance(error, PlanError)
+    assert "'dt' and 'db'" in str(error)
+
+
 def test_scan_inputs_of_a_model_without_a_scan() -> None:
     model = load(residual_network(np.random.default_rng(0)).model("fc_out"))
     layers = fit_plan(model, Precision(8, 8)).layers
