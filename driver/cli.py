@@ -201,8 +201,8 @@ Clip = Annotated[
 Percentile = Annotated[
     float | None,
     typer.Option(
-        help="Share of values, in percent, that --clip percentile keeps \\[default: 99.99], and "
-        "--recipe quamba of what scans take as x \\[default: 99.999]."
+        help="Share of values, in percent, that --clip percentile keeps, and --recipe quamba of "
+        "what scans take as x \\[default: 99.99, with quamba 99.999]."
     ),
 ]
 PerChannel = Annotated[

@@ -245,7 +245,7 @@ def compile(  # noqa: A001 - the command's name
     if loaded.is_quantized:
         refuse_options({**choice, **options, "calibration": calibration}, loaded.source)
         complete = plan_of(loaded)
-        accelerator.check(complete.layers, where=loaded.source)
+        accelerator.check(complete.layers, scan_inputs=complete.scan_inputs, where=loaded.source)
     else:
         complete = plan_for(loaded, accelerator, recipe=recipe, **choice)
         if calibration is None:

@@ -195,7 +195,7 @@ def cost(
                 fix="leave out the precision or plan, or name the float model",
             )
         complete = plan_of(loaded)
-        accelerator.check(complete.layers, where=loaded.source)
+        accelerator.check(complete.layers, scan_inputs=complete.scan_inputs, where=loaded.source)
     else:
         complete = plan_for(loaded, accelerator, precision=precision, plan=plan)
     found, others, assumed = sized_layers(loaded, input_shapes)

@@ -23,7 +23,7 @@ from bitwright.errors import (
 from bitwright.quant.compare import RegionAgreement, compare_codes
 from bitwright.quant.float_ops import Array, make_session
 from bitwright.quant.load import Model, ValueType, load
-from bitwright.quant.metrics import Metric, get_metric
+from bitwright.quant.metrics import Metric, first_place, get_metric
 from bitwright.quant.reference import Reference
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
@@ -271,7 +271,7 @@ def evaluate(
     )
     contender = _Contender(loaded.source, run, metric, measure)
     done = 0
-    for batch in samples.batches(batch_size):
+    for batch in samples.batches(batch_size, places_from=first_place(measure)):
         expected = expected_runner(batch.inputs) if expected_runner is not None else {}
         _refuse_nan(expected, str(against), batch, done)
         contender.measure(contender.run(batch), batch, expected, samples.where)
@@ -574,7 +574,7 @@ def run(
     equal, close = dict.fromkeys(contenders, 0), dict.fromkeys(contenders, 0)
     values = done = 0
     # Taking turns batch by batch, each would wait for the idle threads of the one before.
-    for block in _blocks(samples.batches(batch_size)):
+    for block in _blocks(samples.batches(batch_size, places_from=first_place(measure))):
         outputs = {form: [entry.run(b) for b in block] for form, entry in contenders.items()}
         if "reference" in contenders and not compared:
             first = {name: array[:_COMPARED] for name, array in block[0].inputs.items()}

@@ -8,12 +8,13 @@ from pathlib import Path
 from bitwright.errors import ModelError, PlanError, UsageError
 from bitwright.files import check_writable, write_atomically
 from bitwright.quant.graph import is_move, layers_of, loop_body
-from bitwright.quant.layers import layer_nodes, quantized_precision
+from bitwright.quant.layers import layer_nodes, quantized_activation, quantized_precision
 from bitwright.quant.load import Model, load
 from bitwright.quant.quantizer import fit_plan
 from bitwright.quant.recipes import RecipeName, get_recipe
+from bitwright.quant.selective_scan import selective_scans
 from bitwright.targets import Accelerator
-from bitwright.vocabulary import FLOAT_BITS, Precision, PrecisionPlan
+from bitwright.vocabulary import FLOAT_BITS, Activation, Precision, PrecisionPlan
 
 __all__ = ["is_study_plan", "make_plan", "plan_for", "plan_of", "resolve_plan"]
 
@@ -168,12 +169,15 @@ def plan_for(
             fix="make a plan for this target, or remove target from the plan if its precisions "
             "are meant to carry over",
         )
-    accelerator.check(complete.layers, where=where)
+    accelerator.check(complete.layers, scan_inputs=complete.scan_inputs, where=where)
     return complete
 
 
 def plan_of(model: Model) -> PrecisionPlan:
-    """The plan that a quantized model follows; layers that stayed float have no precision."""
+    """The plan that a quantized model follows; layers that stayed float have no precision.
+
+    Scan inputs are named as in that model. Which percentiles its ranges come from it does not say.
+    """
     precisions = {name: quantized_precision(node) for name, node in layer_nodes(model).items()}
     widths = [
         node.outputs[0].dtype.bitwidth
@@ -184,9 +188,22 @@ def plan_of(model: Model) -> PrecisionPlan:
         layers={name: entry for name, entry in precisions.items() if entry is not None},
         elementwise_bits=16 if max(widths, default=8) > 8 else 8,
         loop_bits=_loop_bits(model),
+        scan_inputs=_scan_inputs(model),
         structure_hash=model.structure_hash,
         weights_hash=model.weights_hash,
     )
+
+
+def _scan_inputs(model: Model) -> dict[str, Activation]:
+    """What selective scans of a quantized model read as codes, and its form."""
+    found = {}
+    for scan in selective_scans(model.graph):
+        for name, (node, index) in scan.places.items():
+            value = node.inputs[index]
+            form = None if value is None else quantized_activation(value)
+            if form is not None:
+                found[name] = form
+    return found
 
 
 def _loop_bits(model: Model) -> int:

@@ -63,8 +63,9 @@ def quantize(
         (default) minimises the squared error, ``percentile`` leaves out outliers, ``minmax``
         (``naive``, ``quamba``) keeps all.
     percentile
-        The share of values, in percent, that is kept: for ``percentile``, by default 99.99; in the
-        recipe ``quamba`` of what selective scans take as ``x``, by default 99.999.
+        The share of values, in percent, that is kept: with ``percentile``, and in the recipe
+        ``quamba`` of what selective scans take as ``x``. By default 99.99, in that recipe 99.999;
+        refused where nothing is cut at it.
     per_channel
         Whether every output channel has a weight scale of its own: by default yes, in the recipes
         ``naive`` and ``quamba`` no.

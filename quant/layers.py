@@ -26,9 +26,15 @@ from bitwright.quant.graph import (
     weight_input,
 )
 from bitwright.quant.load import Model
-from bitwright.vocabulary import Activation, Dim, Layer, Precision
+from bitwright.vocabulary import BIT_WIDTHS, Activation, Dim, Layer, Precision
 
-__all__ = ["NotLayer", "find_layers", "layer_nodes", "quantized_precision"]
+__all__ = [
+    "NotLayer",
+    "find_layers",
+    "layer_nodes",
+    "quantized_activation",
+    "quantized_precision",
+]
 
 _RECURRENT = ("GRU", "LSTM", "RNN", "Scan", "Loop")
 _OTHER_PRODUCTS = ("ConvTranspose", "DeformConv", "Einsum", "Attention")
@@ -91,15 +97,34 @@ def quantized_precision(node: ir.Node) -> Precision | None:
         while producer is not None and producer.op_type != "DequantizeLinear":
             before = producer.inputs[0] if producer.inputs else None
             producer = None if before is None else before.producer()
-        codes = None if producer is None else producer.inputs[0]
-        layout = None if codes is None else layout_of(codes.producer(), DECODE)
-        if layout is not None:
-            forms.append(layout.activation)
-            continue
-        if codes is None or codes.dtype is None or codes.dtype.bitwidth not in (2, 4, 8, 16):
+        form = None if producer is None else _dequantized(producer)
+        if form is None:
             return None
-        forms.append(Activation(codes.dtype.bitwidth))
+        forms.append(form)
     return Precision(forms[0].bits, forms[1].bits, forms[1].format)
+
+
+def quantized_activation(value: ir.Value) -> Activation | None:
+    """Form of the codes that a value of a quantized model holds; None where it is float."""
+    producer = value.producer()
+    # Moves and clamps may stand between the quantizer and who reads.
+    while producer is not None and (is_move(producer) or is_clamp(producer)):
+        before = producer.inputs[0]
+        producer = None if before is None else before.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    return _dequantized(producer)
+
+
+def _dequantized(node: ir.Node) -> Activation | None:
+    """Form of the codes that a DequantizeLinear reads; None for widths that are none."""
+    codes = node.inputs[0]
+    layout = None if codes is None else layout_of(codes.producer(), DECODE)
+    if layout is not None:
+        return layout.activation
+    if codes is None or codes.dtype is None or codes.dtype.bitwidth not in BIT_WIDTHS:
+        return None
+    return Activation(codes.dtype.bitwidth)
 
 
 def _shape(value: ir.Value | None) -> tuple[Dim, ...]:

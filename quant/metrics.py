@@ -82,6 +82,32 @@ class Bounded(Protocol):
         """Best value that can still be reached when ``remaining`` more samples come."""
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """What a metric has besides if samples belong together: it is to see all of them."""
+
+    grouped: ClassVar[bool]
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """What a metric has besides if its labels are about places (steps of time) of a sample.
+
+    Attributes
+    ----------
+    places_from
+        The column of the labels [samples, columns] that is about the first place; those from there
+        on end where a padded sample does.
+    """
+
+    places_from: ClassVar[int]
+
+
+def first_place(metric: Metric) -> int | None:
+    """The column of labels that is about the first place; None where they are not about places."""
+    return metric.places_from if isinstance(metric, Placed) else None
+
+
 def _refuse_labels(labels: Array, low: int | None, classes: int, fix: str) -> None:
     """Refuse what is no class number; without ``low`` every negative number is allowed."""
     whole = labels.dtype.kind in "iu"
@@ -108,6 +134,7 @@ class TopK:
     unit: ClassVar[str] = "fraction"
     higher_is_better: ClassVar[bool] = True
     needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+    places_from: ClassVar[int] = 0
 
     def __init__(self, k: int) -> None:
         self.k = k
@@ -213,6 +240,8 @@ class PhoneErrorRate(_ErrorRate):
     class is one phone, in the outputs as in the labels.
     """
 
+    places_from: ClassVar[int] = 0
+
     def update(
         self,
         outputs: Mapping[str, Array],
@@ -296,6 +325,7 @@ class Perplexity:
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = False
     needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+    places_from: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self._loss = 0.0
@@ -348,6 +378,8 @@ class CharacterAccuracy(_Share):
     The first output holds scores [..., classes], the labels [...] the class at every place, or a
     negative number where the place does not count.
     """
+
+    places_from: ClassVar[int] = 0
 
     def update(
         self,
@@ -402,6 +434,8 @@ class LastWord(_Share):
     the accuracy of LAMBADA (Paperno et al., 2016) as lm-eval measures it.
     """
 
+    places_from: ClassVar[int] = 0
+
     def update(
         self,
         outputs: Mapping[str, Array],
@@ -451,6 +485,8 @@ class Choice:
     unit: ClassVar[str] = "fraction"
     higher_is_better: ClassVar[bool] = True
     needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+    places_from: ClassVar[int] = 3
+    grouped: ClassVar[bool] = True
 
     options: ClassVar[int | None] = None
     by_length: ClassVar[bool] = False
@@ -601,7 +637,7 @@ class _FunctionMetric:
         self._outputs: list[Mapping[str, Array]] = []
         self._labels: list[Array | None] = []
         self._expected: list[Mapping[str, Array]] = []
-        for name in ("unit", "higher_is_better", "needs"):
+        for name in ("unit", "higher_is_better", "needs", "places_from", "grouped"):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
 

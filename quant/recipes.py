@@ -2,8 +2,9 @@
 
 ===========  =======================================================================================
 ``default``  what the options say; by themselves ``mmse`` and a weight scale an output channel
-``naive``    8 bits everywhere, what selective scans read included; one symmetric scale a tensor, of
-             its absolute maximum
+``naive``    w8a8 where no precision is given, and 8 bits for what selective scans read (other
+             elementwise operators read what the plan says, by itself 16 bits); one symmetric scale
+             a tensor, of its absolute maximum
 ``quamba``   the same, as in Quamba (arXiv 2410.13229), for models with selective scans (Mamba):
              what a scan takes as ``x`` is cut at a percentile, what the projection behind it reads
              is rotated by a Hadamard matrix, and weights of normalisations are folded
@@ -73,12 +74,24 @@ class Recipe:
         per_channel: bool | None = None,
         rotation: bool = True,
     ) -> Recipe:
-        """The recipe with options that were given; None for its own."""
+        """The recipe with options that were given; None for its own.
+
+        Raises
+        ------
+        UsageError
+            If the percentile is none, or nothing would be cut at it.
+        """
         if percentile is not None and not 0.0 < percentile <= 100.0:
             raise UsageError(f"percentile {percentile} is not above 0 and at most 100")
+        clip = self.clip if clip is None else clip
+        if percentile is not None and clip != "percentile" and not self.clips_scans:
+            raise UsageError(
+                f"percentile {percentile:g} changes nothing: ranges are cut by {clip}",
+                fix="leave it out, or cut ranges at it (--clip percentile)",
+            )
         return replace(
             self,
-            clip=self.clip if clip is None else clip,
+            clip=clip,
             percentile=self.percentile if percentile is None else percentile,
             per_channel=self.per_channel if per_channel is None else per_channel,
             rotates=self.rotates and rotation,

@@ -87,7 +87,7 @@ class Samples:
     An array whose rank is that of the model input holds its samples along the first axis and is
     fed in batches. If all arrays have one axis more, each entry is one complete input; entries of
     different length are padded, and an array ``lengths`` says where along their first axis each
-    ends (that of the labels too, where they are padded alike).
+    ends (and labels, where :meth:`batches` is told that they are about places).
 
     Parameters
     ----------
@@ -249,8 +249,16 @@ class Samples:
         if 0 in column.shape[1:]:
             raise DataError(f"is empty: shape {list(column.shape)}", where=where)
 
-    def batches(self, size: int) -> Iterator[Batch]:
+    def batches(self, size: int, *, places_from: int | None = None) -> Iterator[Batch]:
         """Yield the samples in order, once, ``size`` at a time where the model's batch is free.
+
+        Parameters
+        ----------
+        size
+            Samples of a batch.
+        places_from
+            The column of the labels that is about the first place of a sample: the labels end
+            where the sample does. None for labels that are not about places.
 
         Raises
         ------
@@ -274,12 +282,17 @@ class Samples:
             count = min(size, self.count - done)
             rows = None if labels is None else next(labels)
             if lengths is not None:
-                batch, rows = self._cut(batch, rows, int(next(lengths)[0]), done)
+                batch, rows = self._cut(batch, rows, int(next(lengths)[0]), done, places_from)
             yield Batch(batch, rows, count)
             done += count
 
     def _cut(
-        self, batch: dict[str, Array], labels: Array | None, length: int, number: int
+        self,
+        batch: dict[str, Array],
+        labels: Array | None,
+        length: int,
+        number: int,
+        places_from: int | None,
     ) -> tuple[dict[str, Array], Array | None]:
         """Leave out the padding of one entry."""
         padded = self._padded()
@@ -290,8 +303,9 @@ class Samples:
                 fix="give lengths from 1 to the size of the padded samples",
             )
         cut = {name: array[:length] if name in padded else array for name, array in batch.items()}
-        if labels is not None and labels.ndim > 1 and labels.shape[1] in padded.values():
-            labels = labels[:, :length]
+        if places_from is not None and labels is not None and labels.ndim > 1:
+            fits = labels.shape[1] - places_from in padded.values()
+            labels = labels[:, : places_from + length] if fits else labels
         return cut, labels
 
     def _cast(self, array: Array, name: str, first: int) -> Array:

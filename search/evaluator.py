@@ -24,7 +24,7 @@ from bitwright.errors import DataError, ModelError, RunError, UsageError, first_
 from bitwright.quant.fake_quant import FakeQuant, FakeQuantModel, fake_quant_model
 from bitwright.quant.float_ops import Array, wrong_optimizers
 from bitwright.quant.load import Model
-from bitwright.quant.metrics import Metric, get_metric, metric_factory
+from bitwright.quant.metrics import Grouped, Metric, first_place, get_metric, metric_factory
 from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
 from bitwright.search.objectives import ErrorScale
@@ -121,6 +121,8 @@ class _Measure:
     def error(self) -> float:
         try:
             value = float(self._metric.value())
+        except DataError as error:
+            raise _NoNumberError(error.what, error) from error
         except Exception as error:
             raise _NoNumberError(f"the metric fails ({first_line(error)})") from error
         if math.isnan(value):
@@ -302,13 +304,20 @@ def job_for(
     check_labels(metric, validation)
     if subsets < 1:
         raise UsageError(f"{subsets} subsets are not possible", fix="use 1 or more")
+    fewer = samples is not None and samples < len(validation)
+    if isinstance(measure, Grouped) and measure.grouped and (subsets > 1 or fewer):
+        raise UsageError(
+            f"metric {metric} needs samples that belong together, which subsets, or a part of the "
+            "samples, would tear apart",
+            fix="use one subset and all samples (--subsets 1, without --samples)",
+        )
     if odd := [value.name for value in model.outputs if value.dtype.kind not in "fiub"]:
         raise ModelError(
             f"output {odd[0]!r} is no array of numbers; nothing else can be measured",
             where=model.source,
         )
     run_samples = _run_samples(model, validation)
-    batches, outputs = _run_float(model, validation, subsets, samples)
+    batches, outputs = _run_float(model, validation, subsets, samples, first_place(measure))
     expected = outputs if measure.needs == "outputs" else ()
     first = {name: entry[0] for name, entry in precisions.items()}
     found = calibrate_model(
@@ -365,7 +374,7 @@ def job_on(job: EvaluationJob, model: Model, data: Samples) -> tuple[EvaluationJ
     """
     measure = get_metric(job.metric)
     check_labels(job.metric, data)
-    batches, outputs = _run_float(model, data, 1, None)
+    batches, outputs = _run_float(model, data, 1, None, first_place(measure))
     expected = outputs if measure.needs == "outputs" else ()
     other = replace(job, subsets=batches, expected=expected, limit=None)
     return other, _float_error(other, outputs, data.where)
@@ -375,10 +384,10 @@ _Outputs: TypeAlias = tuple[tuple[dict[str, Array], ...], ...]
 
 
 def _run_float(
-    model: Model, data: Samples, subsets: int, samples: int | None
+    model: Model, data: Samples, subsets: int, samples: int | None, places_from: int | None
 ) -> tuple[tuple[tuple[Batch, ...], ...], _Outputs]:
     """The data in batches, and what the float model makes of each."""
-    batches = _divide(data, subsets, samples, _run_samples(model, data))
+    batches = _divide(data, subsets, samples, _run_samples(model, data), places_from)
     session = _float_session(model)
     names = [value.name for value in model.outputs]
     outputs = []
@@ -449,12 +458,12 @@ def _run_samples(model: Model, data: Samples) -> int:
 
 
 def _divide(
-    samples: Samples, subsets: int, count: int | None, run_samples: int
+    samples: Samples, subsets: int, count: int | None, run_samples: int, places_from: int | None
 ) -> tuple[tuple[Batch, ...], ...]:
     """All samples in memory, dealt out to subsets, in batches."""
     size = samples.fixed_batch or 1
     units: list[Batch] = []
-    for batch in samples.batches(size):
+    for batch in samples.batches(size, places_from=places_from):
         if count is not None and len(units) * size >= count:
             break
         units.append(batch)

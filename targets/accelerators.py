@@ -204,21 +204,44 @@ class Accelerator(Data):
         clock = None if self.cost_model is None else self.cost_model.frequency_mhz
         return None if clock is None else clock.value
 
-    def check(self, layers: Mapping[str, Precision], *, where: str = "plan") -> None:
+    def check(
+        self,
+        layers: Mapping[str, Precision],
+        *,
+        scan_inputs: Mapping[str, Activation] | None = None,
+        where: str = "plan",
+    ) -> None:
         """Refuse precisions that the accelerator cannot do.
 
         Parameters
         ----------
         layers
             Layer name to precision.
+        scan_inputs
+            Names of what selective scans read to its form. Scans run in float32, so that integers
+            of any width will do; other formats need a decoder.
         where
             What they come from, for the message.
 
         Raises
         ------
         PlanError
-            If there are such; it names the layers and what is allowed.
+            If there are such; it names the layers or tensors and what is allowed.
         """
+        coded = [
+            f"{name} ({form})"
+            for name, form in (scan_inputs or {}).items()
+            if form.format not in ("int", *self.precisions.activation_formats)
+        ]
+        if coded:
+            forms = ", ".join(map(str, self.precisions.soft_edge))
+            raise PlanError(
+                f"{self.name} cannot decode what selective scans read: {_shown(coded)}",
+                where=f"{where}, scan_inputs",
+                fix=f"choose integers (a8), or {forms}"
+                if forms
+                else "choose integers (a8): it decodes no soft-edge activations",
+            )
         refused = [
             f"{name} ({precision})"
             for name, precision in layers.items()
@@ -544,9 +567,12 @@ def precisions_of(
 def _some(names: Sequence[str]) -> str:
     """How many layers, and the first of them."""
     count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    return f"{count}: {_shown(names)}"
+
+
+def _shown(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
-    shown = ", ".join(names[:_SHOWN])
-    return f"{count}: {shown}" + (f" and {more} more" if more > 0 else "")
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _bytes(bits: int) -> str:

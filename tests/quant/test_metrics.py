@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitwright
 from bitwright.errors import DataError, UsageError
 from bitwright.quant import metrics
 from bitwright.quant.metrics import (
@@ -39,7 +41,7 @@ from bitwright.quant.metrics import (
     get_metric,
     metric_names,
 )
-from tests.quant.qdq import Array, profile
+from tests.quant.qdq import Array, Builder, profile
 
 
 @profile(100)
@@ -557,6 +559,23 @@ def test_choice_of_a_model_without_a_batch() -> None:
     assert metric.value() == 1.0
 
 
+def test_choice_of_padded_samples(tmp_path: Path) -> None:
+    """What stands behind the length of a sample does not count, in its labels neither."""
+    build = Builder()
+    x = build.input("x", ["T", 3])
+    weights = build.constant(np.eye(3, dtype=np.float32))
+    path = tmp_path / "net.onnx"
+    onnx.save(build.model(build.node("MatMul", x, weights, name="layer")), path)
+    data = {
+        "x": np.random.default_rng(0).normal(size=(4, 6, 3)).astype(np.float32),
+        "lengths": np.array([6, 2, 4, 3]),
+        "labels": np.array([[n // 2, n % 2, 1, -1, 1 + n % 2, -1, -1, -1, -1] for n in range(4)]),
+    }
+    whole = {name: array for name, array in data.items() if name != "lengths"}
+    padded = bitwright.evaluate(path, data, metric="choice")
+    assert padded.value == bitwright.evaluate(path, whole, metric="choice").value
+
+
 @pytest.mark.parametrize(
     "labels, message",
     [
@@ -654,6 +673,7 @@ def test_metric_by_module_and_class(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 FUNCTIONS = """
 import numpy as np
+import onnx
 
 def worst(outputs, labels):
     return np.abs(outputs["a"] - labels).max()

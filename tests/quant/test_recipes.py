@@ -338,6 +338,34 @@ def test_time_steps_and_what_their_softplus_reads_exclude_each_other(tmp_path: P
     assert "'dt' and 'db'" in str(error)
 
 
+def test_scan_inputs_that_the_target_does_not_decode(tmp_path: Path) -> None:
+    """Those of a plan, and those of a quantized model, whose plan is what it holds."""
+    forms = {"u": "a8se", "B": "a16", "C": "a8"}
+    scan_inputs = {name: Activation.parse(text) for name, text in forms.items()}
+    plan = with_plan(scan_inputs=scan_inputs)
+    path = tmp_path / "quantized.onnx"
+    result = quantize(mamba(both_ways=True), tmp_path, plan=plan, output=path)
+    found = plan_of(load(path)).scan_inputs
+    assert sorted(map(str, found.values())) == ["a16", "a8", "a8se"]
+    (scan, _) = [node for node in result.model.graph.node if node.op_type == "Scan"]
+    assert set(found) == {scan.input[2], scan.input[3], scan.input[4]}  # dt stays float
+    eyeriss, float_path = "bitfusion/eyeriss", tmp_path / "float.onnx"
+    data = {"calibration": samples(), "plan": plan}
+    with pytest.raises(PlanError, match=r"cannot decode.*u \(a8se\)"):
+        bitwright.compile(float_path, eyeriss, output=tmp_path / "a", **data)
+    with pytest.raises(PlanError, match=r"cannot decode.*\(a8se\)"):
+        bitwright.compile(path, eyeriss, output=tmp_path / "a")
+    with pytest.raises(PlanError, match=r"cannot decode.*\(a8se\)"):
+        bitwright.cost(path, target=eyeriss)
+
+
+def test_plan_of_what_the_softplus_reads(tmp_path: Path) -> None:
+    plan = with_plan(scan_inputs={"db": Activation(8)})
+    result = quantize(mamba(), tmp_path, plan=plan)
+    (softplus,) = [node for node in result.model.graph.node if node.op_type == "Softplus"]
+    assert plan_of(load(result.model)).scan_inputs == {softplus.input[0]: Activation(8)}
+
+
 def test_scan_inputs_of_a_model_without_a_scan() -> None:
     model = load(residual_network(np.random.default_rng(0)).model("fc_out"))
     layers = fit_plan(model, Precision(8, 8)).layers
@@ -358,6 +386,19 @@ def test_percentiles_out_of_range(tmp_path: Path, recipe: str, percent: float) -
     error = refused(tmp_path, recipe=recipe, percentile=percent, precision="w8a8")
     assert isinstance(error, UsageError)
     assert "percentile" in str(error)
+
+
+@pytest.mark.parametrize("recipe, clip", [("naive", None), ("naive", "mmse"), ("default", None)])
+def test_a_percentile_that_nothing_is_cut_at(tmp_path: Path, recipe: str, clip: str | None) -> None:
+    error = refused(tmp_path, recipe=recipe, clip=clip, percentile=50.0, precision="w8a8")
+    assert isinstance(error, UsageError)
+    assert "changes nothing" in str(error)
+
+
+@pytest.mark.parametrize("recipe, percent", [("quamba", 99.999), ("naive", 99.99)])
+def test_the_percentile_of_all_tensors(tmp_path: Path, recipe: str, percent: float) -> None:
+    given = quantize(mamba(), tmp_path, recipe=recipe, clip="percentile", percentile=percent)
+    assert quantize(mamba(), tmp_path, recipe=recipe, clip="percentile").layers == given.layers
 
 
 def test_the_default_recipe_needs_a_precision(tmp_path: Path) -> None:

@@ -311,12 +311,24 @@ def test_entries_end_where_lengths_say() -> None:
     x = np.arange(24).reshape(3, 8)
     data = {"x": x, "lengths": np.array([8, 1, 5]), "labels": x + 100}
     samples = Samples(data, [value("x", ["T"], INT)])
-    batches = list(samples.batches(4))
+    batches = list(samples.batches(4, places_from=0))
     assert [batch.samples for batch in batches] == [1, 1, 1]
     for row, length, batch in zip(x, (8, 1, 5), batches, strict=True):
         np.testing.assert_array_equal(batch.inputs["x"], row[:length])
         assert batch.labels is not None
         np.testing.assert_array_equal(batch.labels, row[None, :length] + 100)
+
+
+@pytest.mark.parametrize("columns, places_from", [(8, None), (8, 3), (11, 0), (9, 1), (11, 3)])
+def test_labels_end_where_they_are_about_places(columns: int, places_from: int | None) -> None:
+    """Not where as many columns as there are places are something else: words, say."""
+    labels = np.arange(2 * columns).reshape(2, columns)
+    data = {"x": np.ones((2, 8)), "lengths": np.array([8, 5]), "labels": labels}
+    samples = Samples(data, [value("x", ["T"])])
+    _, batch = samples.batches(1, places_from=places_from)
+    fits = places_from is not None and columns == 8 + places_from
+    expected = labels[1:, : columns - 3] if fits else labels[1:]
+    np.testing.assert_array_equal(batch.labels, expected)
 
 
 def test_only_what_has_a_free_length_is_cut() -> None:

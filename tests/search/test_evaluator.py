@@ -254,3 +254,33 @@ def broken(outputs: Mapping[str, Array], labels: Array) -> float:
 def test_impossible_subsets_are_refused(subsets: int) -> None:
     with pytest.raises(UsageError, match="subsets"):
         job(digits(20), subsets=subsets)
+
+
+@pytest.mark.parametrize("metric", ["choice", "choice-norm", "cloze4"])
+@pytest.mark.parametrize("options", [{"subsets": 2}, {"samples": 5}])
+def test_items_are_not_torn_apart(metric: str, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="belong together") as caught:
+        job(digits(20), metric=metric, **options)
+    assert "--subsets 1" in str(caught.value)
+
+
+class Refuses:
+    """Sees only at the end that the data will not do."""
+
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = False
+    needs: ClassVar[Literal["labels", "outputs"]] = "labels"
+
+    def update(
+        self, outputs: Mapping[str, Array], labels: Array | None, expected: Mapping[str, Array]
+    ) -> None:
+        del outputs, labels, expected
+
+    def value(self) -> float:
+        raise DataError("an item is not whole", fix="add the other half")
+
+
+def test_what_a_metric_says_at_the_end_is_passed_on() -> None:
+    with pytest.raises(DataError, match="an item is not whole") as caught:
+        job(digits(20), metric="tests.search.test_evaluator:Refuses")
+    assert caught.value.fix == "add the other half"

@@ -9,6 +9,7 @@ import pytest
 
 from bitwright import Layer, Precision, PrecisionPlan, targets
 from bitwright.errors import PlanError, RunError, UsageError
+from bitwright.vocabulary import Activation
 from tests.targets.descriptions import changed, write
 
 WIDTHS = (2, 4, 8, 16)
@@ -83,6 +84,14 @@ def test_formats_of_activations_that_an_accelerator_has(tmp_path: Path) -> None:
         PlanError, match="with activations of 4, 8 bits, and activations a8se, a8se8"
     ):
         systolic.check({"fc": Precision.parse("w4a8se6")})
+    forms = {"u": "a16", "dt": "a8se8", "B": "a4", "C": "a8se6"}
+    scan_inputs = {name: Activation.parse(text) for name, text in forms.items()}
+    with pytest.raises(PlanError, match=r"cannot decode.*read: C \(a8se6\)\n.*a8se, a8se8"):
+        systolic.check({}, scan_inputs=scan_inputs)
+    del scan_inputs["C"]
+    systolic.check({}, scan_inputs=scan_inputs)
+    with pytest.raises(PlanError, match=r"cannot decode.*read: dt \(a8se8\)\n.*no soft-edge"):
+        targets.get("bitfusion/eyeriss").check({}, scan_inputs=scan_inputs)
     formats = {"precisions.activation_formats": ["int", "soft-edge8", "soft-edge4"]}
     fusion = targets.get(changed(tmp_path, "bitfusion/eyeriss", formats))
     layer = Layer.matmul(rows=16, in_features=64, out_features=16)  # read once
