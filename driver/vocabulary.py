@@ -139,7 +139,7 @@ class Activation:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of a code in memory and on a link: 9 bits of ``soft-edge`` take 16."""
+        """Bits of a code in memory and on a link of an accelerator: ``soft-edge`` takes 16."""
         return 16 if self.format == "soft-edge" else self.bits
 
     @property
@@ -685,7 +685,7 @@ class PrecisionPlan:
     Parameters
     ----------
     layers
-        Layer name to precision; all layers of the model, no others.
+        Layer name to precision, as such or as a text; all layers of the model, no others.
     structure_hash
         Hash of graph, names and shapes of the model (not of its weights): decides whether the plan
         fits a model. None fits any model with these layer names (a plan written by hand).
@@ -701,7 +701,7 @@ class PrecisionPlan:
         or 32 for float32.
     scan_inputs
         What selective scans (Mamba) read, by the names of tensors in the model, to how it is
-        quantized. Those that are not named stay float32.
+        quantized, a form or its text. Those that are not named stay float32.
     percentiles
         Names of activation tensors to the share of their values, in percent, that their range
         keeps; for the others an option of the quantizer says so.
@@ -727,6 +727,10 @@ class PrecisionPlan:
                 f"loop_bits is {self.loop_bits!r}",
                 fix="choose 8 or 16 bits of fixed point, or 32 for float32",
             )
+        layers = {name: Precision.of(entry) for name, entry in self.layers.items()}
+        object.__setattr__(self, "layers", layers)
+        scan_inputs = {name: Activation.of(form) for name, form in self.scan_inputs.items()}
+        object.__setattr__(self, "scan_inputs", scan_inputs)
         for name, percent in self.percentiles.items():
             number = isinstance(percent, int | float) and not isinstance(percent, bool)
             if not number or not 0.0 < percent <= 100.0:

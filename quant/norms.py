@@ -91,7 +91,10 @@ def _vector_operand(node: ir.Node) -> tuple[ir.Value, Array] | None:
         vector = constant(other)
         if value is None or vector is None or not vector.ndim or vector.dtype != np.float32:
             continue
-        if value.shape and vector.size == vector.shape[-1] == value.shape[-1]:
+        # With more axes than the value, the vector would give the result more.
+        if value.shape is None or vector.ndim > len(value.shape):
+            continue
+        if vector.size == vector.shape[-1] == value.shape[-1]:
             return value, vector.reshape(-1)
     return None
 

@@ -687,7 +687,12 @@ def _operand_of(entry: _Codes) -> Operand:
     dtype = np.dtype(layout.dtype)
     codes = layout.encode(entry.codes, 1.0).astype(np.int64)  # steps stand for themselves
     zero_point = np.asarray(layout.zero_point, np.int64)
-    return Operand(codes, zero_point, 8 * dtype.itemsize, dtype.kind == "i")
+    # Of 4 bits in memory and on a link, as integers of 4 bits are, bytes though they are in ONNX.
+    bits, signed = layout.activation.stored_bits, dtype.kind == "i"
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    if layout.code_min < low or layout.code_max > high:
+        bits = 8 * dtype.itemsize
+    return Operand(codes, zero_point, bits, signed)
 
 
 def _has_quantizers(node: ir.Node) -> bool:

@@ -229,6 +229,15 @@ def test_plan_survives_json(plan: PrecisionPlan) -> None:
     assert PrecisionPlan.from_json(plan.to_json()) == plan
 
 
+def test_a_plan_takes_texts() -> None:
+    plan = PrecisionPlan({"fc": "w4a8se"}, scan_inputs={"u": "a8se"})  # type: ignore[dict-item]  # texts
+    assert plan.layers == {"fc": Precision(4, 8, "soft-edge")}
+    assert plan.scan_inputs == {"u": Activation(8, "soft-edge")}
+    assert PrecisionPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="'8' is no form"):
+        PrecisionPlan({}, scan_inputs={"u": "8"})  # type: ignore[dict-item]  # a text
+
+
 def test_json_of_a_plan_is_one_layer_a_line() -> None:
     precision = Precision.parse("w4a8")
     text = PrecisionPlan({"conv1": precision, "größe\n": precision}).to_json()

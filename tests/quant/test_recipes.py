@@ -19,6 +19,7 @@ from bitwright.quant.fake_quant import FakeQuant, fake_quant_model
 from bitwright.quant.hadamard import hadamard
 from bitwright.quant.layers import find_layers
 from bitwright.quant.load import load
+from bitwright.quant.norms import fold_norms
 from bitwright.quant.prepare import prepare
 from bitwright.quant.quantizer import Quantized, calibrate_model, fit_plan
 from bitwright.quant.recipes import RECIPES, get_recipe
@@ -121,6 +122,26 @@ def test_weights_of_the_norm_are_folded(norm: str) -> None:
     )
     (read,) = run(rewritten, samples(count=1)["x"][0], node.input[0])
     assert abs(float(np.square(read).mean(axis=-1).max()) - 1.0) < 1e-3
+
+
+def test_a_weight_with_more_axes_than_the_norm_stays() -> None:
+    """It adds an axis to what the projection reads."""
+    float_model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        net (float[5, 4] x) => (float[1, 5, 3] y)
+            <float epsilon = {0.000001}, int64[1] last = {-1}> {
+            sq = Mul(x, x) mean = ReduceMean(sq, last) shifted = Add(mean, epsilon)
+            root = Sqrt(shifted) plain = Div(x, root) scaled = Mul(plain, gamma)
+            [layer] y = MatMul(scaled, w) }"""
+    )
+    random = np.random.default_rng(0)
+    for name, shape in (("gamma", (1, 1, 4)), ("w", (4, 3))):
+        array = random.normal(size=shape).astype(np.float32)
+        float_model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = load(float_model)
+    assert fold_norms(model) == []
+    x = random.normal(size=(5, 4)).astype(np.float32)
+    np.testing.assert_array_equal(run(model.to_proto(), x)[0], run(float_model, x)[0])
 
 
 def test_a_norm_that_others_read_keeps_its_weights() -> None:
@@ -350,7 +371,7 @@ def test_scan_inputs_that_the_target_does_not_decode(tmp_path: Path) -> None:
     (scan, _) = [node for node in result.model.graph.node if node.op_type == "Scan"]
     assert set(found) == {scan.input[2], scan.input[3], scan.input[4]}  # dt stays float
     eyeriss, float_path = "bitfusion/eyeriss", tmp_path / "float.onnx"
-    data = {"calibration": samples(), "plan": plan}
+    data: dict[str, Any] = {"calibration": samples(), "plan": plan}
     with pytest.raises(PlanError, match=r"cannot decode.*u \(a8se\)"):
         bitwright.compile(float_path, eyeriss, output=tmp_path / "a", **data)
     with pytest.raises(PlanError, match=r"cannot decode.*\(a8se\)"):

@@ -20,8 +20,9 @@ from bitwright.errors import RunError
 from bitwright.evaluation import Comparison, Engine
 from bitwright.quant.load import load
 from bitwright.quant.observers import TensorQuantization
-from bitwright.quant.reference import Reference
+from bitwright.quant.reference import Operands, Reference
 from bitwright.quant.requantization import Requantization, RequantizationForm
+from bitwright.vocabulary import Precision
 from tests.quant.cases import (
     FUNCTIONS,
     MOVES,
@@ -1028,3 +1029,22 @@ def test_captured_values_may_have_any_name() -> None:
         feeds = {"input_0": sign * np.array([1.0, 2.0, -0.5, 4.0], np.float32)}
         results, _ = Reference(load(model)).run(feeds)
         np.testing.assert_array_equal(results[output], run_onnxruntime(model, feeds)[0])
+
+
+@pytest.mark.parametrize("precision", ["w8a4", "w4a4se4", "w8a8se6", "w8a8se8", "w8a8se"])
+def test_operands_are_as_wide_as_they_are_stored(precision: str, tmp_path: Path) -> None:
+    build = Builder()
+    x = build.input("x", ["n", 6])
+    random = np.random.default_rng(0)
+    weights = build.constant(random.normal(size=(6, 3)).astype(np.float32))
+    path = tmp_path / "net.onnx"
+    onnx.save(build.model(build.node("MatMul", x, weights, name="layer")), path)
+    data = {"x": random.standard_t(3, (40, 6)).astype(np.float32)}
+    quantized = bitwright.quantize(path, calibration=data, precision=precision)
+    seen: list[Operands] = []
+    Reference(load(quantized.model), observe=seen.append).run(data)
+    operand = seen[0].data
+    assert operand.bits == Precision.parse(precision).activation.stored_bits
+    low = -(1 << operand.bits - 1) if operand.signed else 0
+    assert low <= operand.codes.min()
+    assert operand.codes.max() < low + (1 << operand.bits)
