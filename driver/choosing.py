@@ -37,7 +37,8 @@ def choose_forms(
     """Choose form and percentile of every activation that a layer or a selective scan reads.
 
     What counts is the signal-to-noise ratio at the outputs, against the float model: each tensor by
-    itself first, then all together; see :mod:`bitwright.quant.forms`.
+    itself first, then all together; see :mod:`bitwright.quant.forms`. Layers in the bodies of loops
+    are not tried.
 
     Parameters
     ----------
@@ -46,7 +47,9 @@ def choose_forms(
     calibration
         Real samples, as in :func:`bitwright.quantize`.
     precision, plan
-        As in :func:`bitwright.quantize`; the widths of weights are kept.
+        As in :func:`bitwright.quantize`; the widths of weights are kept. Where the ``scan_inputs``
+        of the plan name what the softplus in front of time steps reads, that is tried in their
+        place.
     output
         File to write the plan to, as JSON, for ``quantize --plan``.
     overwrite

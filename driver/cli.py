@@ -378,7 +378,10 @@ def choose_forms(
     samples: Annotated[int, typer.Option(help="Samples that candidates are run on.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Choose form and range of every activation by the noise at the outputs; write a plan."""
+    """Choose form and range of every activation by the noise at the outputs; write a plan.
+
+    Activations are those that layers, outside of loops, and selective scans read.
+    """
     from bitwright.choosing import choose_forms as run
 
     with _progress("trying forms") as progress:

@@ -5,7 +5,8 @@ the values are at hand, so that a candidate for one tensor costs a run of the re
 alone. First each tensor is tried by itself, all others float; then all together take their best,
 and, in order of execution, each takes what is best with all others as they are at that time.
 
-Weights stay float, and so do operators between layers: both add the same to all candidates.
+Weights stay float, and so do operators between layers: both add the same to all candidates. Layers
+in the bodies of loops keep the form that the plan gives them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bitwright.quant.placement import Placement
 from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.recipes import RecipeName, get_recipe
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
-from bitwright.quant.selective_scan import selective_scans
+from bitwright.quant.selective_scan import SelectiveScan, selective_scans
 from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
@@ -149,7 +150,9 @@ def choose_tensor_forms(
     model
         A float model.
     plan
-        A plan that fits it: weight bits, and all else that is not chosen here.
+        A plan that fits it: weight bits, and all else that is not chosen here. Where its
+        ``scan_inputs`` name what the softplus in front of time steps reads, that is tried in place
+        of the time steps; the forms there are chosen anew.
     samples
         Calibration data.
     forms, percentiles
@@ -179,11 +182,11 @@ def choose_tensor_forms(
             fix="give a model that ends in front of its ArgMax, TopK or Cast",
         )
     options = get_recipe(recipe).with_options(rotation=rotation)
-    reads = _reads(model)
+    reads = _reads(model, plan.scan_inputs)
     scan_inputs = {
-        str(value.name): Activation(8)
+        name: Activation(8)
         for scan in selective_scans(model.graph)
-        for value in scan.tensors.values()
+        for name in _scanned(scan, plan.scan_inputs)
     }
     found = calibrate_model(
         model,
@@ -254,19 +257,36 @@ class _Tensor:
         return tuple(dict.fromkeys(str(node.name) for node, _ in self.uses))
 
 
-def _reads(model: Model) -> dict[str, list[tuple[ir.Node, int]]]:
+def _reads(model: Model, given: Container[str]) -> dict[str, list[tuple[ir.Node, int]]]:
     """Tensors of the main graph that layers and selective scans read, and where."""
     found: dict[str, list[tuple[ir.Node, int]]] = {}
-    scans = {scan.node: scan.tensors for scan in selective_scans(model.graph)}
+    scans: dict[ir.Node, dict[int, str]] = {}
+    for scan in selective_scans(model.graph):
+        for name, places in _scanned(scan, given).items():
+            for node, index in places:
+                scans.setdefault(node, {})[index] = name
     layers = set(layer_nodes(model).values())
     for node in model.graph:
         tensors = scans.get(node, {})
         if node in layers:
-            index = weight_input(node)
-            assert index is not None
-            tensors = {1 - index: Placement.layer_input(node)}
-        for index, value in tensors.items():
-            found.setdefault(str(value.name), []).append((node, index))
+            weights = weight_input(node)
+            assert weights is not None
+            tensors = {1 - weights: str(Placement.layer_input(node).name)}
+        for index, name in tensors.items():
+            found.setdefault(name, []).append((node, index))
+    return found
+
+
+def _scanned(scan: SelectiveScan, given: Container[str]) -> dict[str, list[tuple[ir.Node, int]]]:
+    """What is read for a selective scan, and where: before the softplus if a plan names that."""
+    found: dict[str, list[tuple[ir.Node, int]]] = {}
+    for index, value in scan.tensors.items():
+        found.setdefault(str(value.name), []).append((scan.node, index))
+    for name, (node, index) in scan.places.items():
+        steps = scan.value("dt")
+        if node is not scan.node and name in given and steps is not None:
+            del found[str(steps.name)]
+            found[name] = [(node, index)]
     return found
 
 

@@ -19,7 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from bitwright.quant.float_ops import captured_values
-from bitwright.quant.graph import attribute, constant, is_elementwise, loop_body
+from bitwright.quant.graph import (
+    attribute,
+    constant,
+    data_inputs,
+    is_elementwise,
+    is_move,
+    loop_body,
+)
 from bitwright.quant.polynomials import (
     NEW,
     ONE,
@@ -72,13 +79,15 @@ class SelectiveScan:
 
         Those that enter it, and what the softplus in front of ``dt`` reads: one step before a
         softplus is one step of ``dt`` where it is large, and a constant factor where it is small.
+        Between the two may stand sums and products with constants, and moves.
         """
         found = {str(value.name): (self.node, index) for index, value in self.tensors.items()}
         value = self.value("dt")
         node = None if value is None else value.producer()
-        while node is not None and node.op_type in ("Add", "Mul"):
-            constants = [constant(value) is not None for value in node.inputs]
-            value = node.inputs[1 if constants[0] else 0] if any(constants) else None
+        while node is not None and (node.op_type in ("Add", "Mul") or is_move(node)):
+            data = [node.inputs[index] for index in data_inputs(node)]
+            computed = [value for value in data if constant(value) is None]
+            value = computed[0] if len(computed) == 1 else None
             node = None if value is None else value.producer()
         if node is not None and node.op_type == "Softplus" and node.inputs[0] is not None:
             found[str(node.inputs[0].name)] = (node, 0)

@@ -15,7 +15,7 @@ from bitwright.quant import forms as module
 from bitwright.quant.forms import FormChoices
 from bitwright.quant.observers import Observer
 from bitwright.quant.soft_edge import choose_activation
-from bitwright.vocabulary import Activation, PrecisionPlan
+from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 from tests.quant.mamba import mamba, samples
 from tests.quant.qdq import Builder, quantize
 from tests.quant.test_recipes import error_db
@@ -157,3 +157,19 @@ def test_a_model_without_a_float_output(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"no output is of floats.*{best}") as caught:
         bitwright.choose_forms(path, calibration=data, precision="w8a8")
     assert "ArgMax" in str(caught.value)
+
+
+def test_what_the_softplus_reads_is_tried_where_the_plan_names_it(path: Path) -> None:
+    layers = dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "out_proj"), Precision(8, 8))
+    plan = PrecisionPlan(layers, scan_inputs={"db": Activation(16)})
+    data = samples()
+    found = bitwright.choose_forms(
+        path, calibration=data, plan=plan, recipe="quamba", forms="a8", percentiles="100",
+        samples=len(data["x"]),
+    )  # fmt: skip
+    assert found.plan.scan_inputs == dict.fromkeys(("u", "B", "C", "db"), Activation(8))
+    assert "dt" not in found.plan.percentiles
+    result = bitwright.quantize(path, calibration=data, recipe="quamba", plan=found.plan)
+    assert result.plan.scan_inputs == found.plan.scan_inputs
+    measured = error_db(result.model, mamba(both_ways=True), 0)
+    assert measured == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits

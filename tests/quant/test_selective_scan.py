@@ -5,6 +5,7 @@ The pass is compared with this, on more bodies, in tests/passes/test_recognize_s
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
@@ -114,3 +115,31 @@ def test_all_scans_of_a_trained_mamba() -> None:
     assert found[::2] == found[1::2]
     prefixes = {role: {name[role].split("_")[0] for name in found} for role in found[0]}
     assert prefixes == {"x": {"silu"}, "dt": {"dtsp"}, "B": {"Bm"}, "C": {"Cm"}}
+
+
+@pytest.mark.parametrize(
+    "between, found",
+    [
+        ("dt = Softplus(db)", True),
+        ("s0 = Softplus(db) s1 = Transpose <perm = [1, 0]> (s0) s2 = Add(s1, h0_shift)"
+         " dt = Transpose <perm = [1, 0]> (s2)", True),
+        ("s0 = Softplus(db) s1 = Unsqueeze(s0, first) s2 = Mul(s1, scale) dt = Squeeze(s2, first)",
+         True),
+        ("s0 = Softplus(db) dt = Mul(s0, s0)", False),
+        ("s0 = Softplus(db) s1 = Concat <axis = 1> (s0, s0) dt, s2 = Split <axis = 1> (s1, halves)",
+         False),
+    ],
+)  # fmt: skip
+def test_the_softplus_in_front_of_the_time_steps(between: str, found: bool) -> None:
+    model = mamba()
+    (step,) = [node for node in model.graph.node if node.output[0] == "dt"]
+    place = list(model.graph.node).index(step)
+    part = onnx.parser.parse_graph(f"g (float[T, 8] db) => (float[T, 8] dt) {{ {between} }}")
+    nodes = [*model.graph.node[:place], *part.node, *model.graph.node[place + 1 :]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name, shape in (("h0_shift", (8, 1)), ("scale", (1, 1, 8))):
+        array = np.full(shape, 0.5, np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    (scan,) = selective_scans(load(model).graph)
+    assert set(scan.places) == {"dt", "u", "B", "C"} | ({"db"} if found else set())
