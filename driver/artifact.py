@@ -38,7 +38,7 @@ from bitwright.errors import (
 from bitwright.quant.requantization import RequantizationForm
 from bitwright.targets.link import ROW_MAJOR, UNSORTED, Link, Part
 from bitwright.transitions import LayerTransitions, PartTransitions, Sent, Transitions
-from bitwright.vocabulary import ActivationFormat, Dim, Precision, PrecisionPlan
+from bitwright.vocabulary import Activation, ActivationFormat, Dim, Precision, PrecisionPlan
 
 __all__ = [
     "Artifact",
@@ -157,9 +157,9 @@ class LayerEntry(_Data):
 
     @property
     def precision(self) -> str:
-        """Text form of the widths: ``w4a8``, or ``a8`` without weights."""
+        """Text form of widths and format: ``w4a8se8``, or ``a8se8`` without weights."""
         if not self.weight_bits:
-            return f"a{self.activation_bits}"
+            return str(Activation(self.activation_bits, self.activation_format))
         bits = self.weight_bits, self.activation_bits
         return str(Precision(*bits, self.activation_format))
 

@@ -19,6 +19,7 @@ function in ONNX models and the integer reference agree with, bit for bit.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ from bitwright.vocabulary import Activation
 
 __all__ = ["QUAMBA_SE", "Piece", "Segment", "SoftEdge"]
 
-_SEGMENT = re.compile(r"(\d+)@(\d+)<<(\d+)(?:<=(\d+(?:\.5)?))?")
-_TEXT = re.compile(r"(u?int(?:8|16)):(-?\d+):([^:]*):([^:]*)")
+_SEGMENT = re.compile(r"(\d{1,5})@(\d{1,5})<<(\d{1,2})(?:<=(\d{1,5}(?:\.5)?))?", re.ASCII)
+_TEXT = re.compile(r"([a-z]{1,4}\d{1,2}):(-?\d{1,5}):([^:]*):([^:]*)", re.ASCII)
 
+_DTYPES: Final = ("int8", "uint8", "int16")
 _MAX_VALUE: Final = (1 << 15) - 1  # decoded values are int16
+_MAX_SHIFT: Final = 14  # of a distance between two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,8 @@ class SoftEdge:
     Raises
     ------
     UsageError
-        If segments overlap or go back, codes do not fit the type, or values not 16 bits.
+        If segments overlap or go back, a shift is above 14, the type is another one, codes do not
+        fit it, or values not 16 bits.
     """
 
     positive: tuple[Segment, ...]
@@ -107,11 +111,15 @@ class SoftEdge:
     dtype: str = "int16"
 
     def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            _refuse(self, f"codes are {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}")
         for side in (self.positive, self.negative):
             if not side or side[0].first != 0 or side[-1].limit is not None:
                 _refuse(self, "a side starts at 0, and its last segment has no limit")
             if any(segment.codes < 1 for segment in side):
                 _refuse(self, "a segment has one code at least")
+            if not all(0 <= segment.shift <= _MAX_SHIFT for segment in side):
+                _refuse(self, f"shifts are 0 to {_MAX_SHIFT}")
             if side[-1].last > _MAX_VALUE:
                 _refuse(
                     self, f"values reach {side[-1].last} finest steps, {_MAX_VALUE} are allowed"
@@ -258,8 +266,9 @@ class SoftEdge:
             if None in found:
                 match = None
         if match is None:
+            shown = text if len(text) <= 80 else f"{text[:77]}..."
             raise UsageError(
-                f"{text!r} is no soft-edge layout", fix="give quamba-se, or what a layout prints"
+                f"{shown!r} is no soft-edge layout", fix="give quamba-se, or what a layout prints"
             )
         return cls(sides[1], sides[0], int(match[2]), match[1])
 
@@ -285,9 +294,10 @@ class SoftEdge:
         what = f"soft edge with edges {edges} and ratios {ratios}"
         if min(ratios) <= 0:
             raise UsageError(f"{what}: ratios must be above 0")
-        shifts = [float(np.log2(ratio / ratios[0])) for ratio in ratios]
+        relative = [ratio / ratios[0] for ratio in ratios]
+        shifts = [math.log2(ratio) if ratio > 0 else -math.inf for ratio in relative]
         steps = [edge / ratios[0] for edge in edges]
-        whole = all(value == int(value) for value in (*shifts, *steps))
+        whole = all(math.isfinite(value) and value == int(value) for value in (*shifts, *steps))
         if not whole or shifts != sorted(shifts) or steps != sorted(set(steps)) or steps[0] < 0:
             raise UsageError(
                 f"{what}: edges must go up in whole finest steps, ratios be powers of two times "

@@ -447,7 +447,9 @@ def _layers(
             str(attrs["layer"]),
             str(attrs["Composite"]).removeprefix("bitwright."),
             bits,
-            int(attrs["activation_bits"] if bits else max(attrs["input_bits"])),
+            int(
+                attrs["activation_bits"] if "activation_bits" in attrs else max(attrs["input_bits"])
+            ),
             int(str(sums.ty.dtype).removeprefix("int")),
             kernels and read_layer(function) is not None,
             weights,

@@ -224,6 +224,13 @@ def _like(call: Any, dtype: str) -> Any:
 
 
 def _soft_edge_encode_type(call: Any, _context: Any) -> Any:
+    for argument in call.args:
+        dtype = str(argument.ty.dtype)
+        if dtype != "float32":
+            raise UsageError(
+                f"soft-edge codes are made of float32 values and steps, not {dtype}",
+                fix="cast them, or quantize where they are float32",
+            )
     return _like(call, layout_of(call).dtype)
 
 

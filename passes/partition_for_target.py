@@ -38,7 +38,7 @@ from bitwright.passes.expressions import (
     scalar,
     soft_edge,
 )
-from bitwright.vocabulary import Activation, Precision
+from bitwright.vocabulary import Precision
 
 __all__ = ["PartitionForTarget"]
 
@@ -160,7 +160,8 @@ class PartitionForTarget:
     convolution or matrix product of codes is the body of a private function with the attributes
     ``Composite`` (``bitwright.conv2d``, ...), ``layer`` (the ONNX node), ``target``,
     ``weight_bits``, ``activation_bits``, ``input_bits`` and ``output_bits``; where its inputs are
-    soft-edge codes, which it decodes itself, also ``activation_format``.
+    soft-edge codes, which it decodes itself, also ``activation_format``. A product of two
+    activations has no ``weight_bits``, and with soft-edge codes the form of the wider ones.
 
     Parameters
     ----------
@@ -219,9 +220,9 @@ class PartitionForTarget:
             layer = ends[var]
             operation = graph.bound[layer]
             name = node_name(operation) or layer.name
-            attributes, precision = self._attributes(graph, operation, name, var, precisions)
-            if precision is not None:
-                found[name] = precision
+            attributes, checked = self._attributes(graph, operation, name, var, precisions)
+            for number, precision in enumerate(checked, 1):
+                found[name if number == 1 else f"{name}, operand {number}"] = precision
             title = re.sub(r"\W", "_", layer.name) + "_layer"
             function, inputs = _outline(graph, var, title, attributes)
             target = rewriter.builder_.add_func(function, title)
@@ -232,32 +233,45 @@ class PartitionForTarget:
 
     def _attributes(
         self, graph: _Graph, operation: Any, name: str, end: Any, precisions: Mapping[str, str]
-    ) -> tuple[dict[str, Any], Precision | None]:
+    ) -> tuple[dict[str, Any], list[Precision]]:
+        """Attributes of a layer, and the precisions that its target has to allow."""
         codes = [graph.codes(argument) for argument in operation.args]
         widths = [code_bits(entry, graph.value) for entry in codes]
         stored = [constant(entry) is not None for entry in codes]
+        layouts = [soft_edge(graph.value(entry)) for entry in codes]
+        forms = [None if layout is None else layout.activation for layout in layouts]
         attributes: dict[str, Any] = {
             "Composite": "bitwright." + operator(operation).removeprefix("nn."),
             "layer": name,
             "target": self.target,
             "input_bits": [w for w, known in zip(widths, stored, strict=True) if not known],
         }
-        precision = None
-        if any(stored):
-            weights = stored.index(True)
-            text = precisions.get(name)
-            precision = Precision.parse(str(text)) if text is not None else None
-            attributes["weight_bits"] = precision.weight_bits if precision else widths[weights]
-            layout = soft_edge(graph.value(codes[1 - weights]))
-            form = Activation(8) if layout is None else layout.activation
-            attributes["activation_bits"] = widths[1 - weights] if layout is None else form.bits
-            if layout is not None:
-                attributes["activation_format"] = form.format
-                precision = Precision(attributes["weight_bits"], form.bits, form.format)
-            elif precision is None and all(width in (2, 4, 8, 16) for width in widths):
-                precision = Precision(
-                    weight_bits=widths[weights], activation_bits=widths[1 - weights]
-                )
         if str(end.ty.dtype).startswith(("int", "uint")):
             attributes["output_bits"] = code_bits(end, graph.value)
-        return attributes, precision
+        decoded = [form for form in forms if form is not None]
+        if decoded:
+            widest = max(decoded, key=lambda form: form.stored_bits)
+            attributes["activation_bits"] = widest.bits
+            attributes["activation_format"] = widest.format
+        if not any(stored):
+            # What decodes one operand has the other in the place of weights.
+            bits = [
+                width if form is None else form.bits
+                for width, form in zip(widths, forms, strict=True)
+            ]
+            return attributes, [
+                Precision(other, form.bits, form.format)
+                for form, other in zip(forms, reversed(bits), strict=True)
+                if form is not None
+            ]
+        weights = stored.index(True)
+        text = precisions.get(name)
+        precision = Precision.parse(str(text)) if text is not None else None
+        attributes["weight_bits"] = precision.weight_bits if precision else widths[weights]
+        form = forms[1 - weights]
+        if form is not None:
+            return attributes, [Precision(attributes["weight_bits"], form.bits, form.format)]
+        attributes["activation_bits"] = widths[1 - weights]
+        if precision is None and all(width in (2, 4, 8, 16) for width in widths):
+            precision = Precision(weight_bits=widths[weights], activation_bits=widths[1 - weights])
+        return attributes, [] if precision is None else [precision]

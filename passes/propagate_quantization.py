@@ -222,7 +222,8 @@ class PropagateQuantization:
     """Move quantization through operators that only carry values; see the module's docstring.
 
     Requires: quantizers as ``R.quantize`` / ``R.dequantize``, with a following ``R.clip`` of the
-    codes for types below 8 bits. Ensures: the function computes the same values; no move stands
+    codes for types below 8 bits; behind ``bitwright.soft_edge_decode`` a dequantizer has zero point
+    0. Ensures: the function computes the same values; no move stands
     between codes and what computes on them, where scale and zero point are one number.
     """
 

@@ -28,6 +28,8 @@ from tvm import relax
 from bitwright.errors import UsageError
 from bitwright.passes import ops
 from bitwright.passes.expressions import (
+    LAYER_OPERATORS,
+    Array,
     CallRewriter,
     bindings,
     constant,
@@ -48,6 +50,9 @@ from bitwright.vocabulary import Precision
 __all__ = ["SoftEdgeActivations"]
 
 _TENSORS: Final = ("x", "dt", "B", "C", "y")
+_NORMALISATIONS: Final = (
+    "nn.batch_norm nn.group_norm nn.instance_norm nn.layer_norm nn.rms_norm".split()
+)
 _FINEST: Final = 0.25  # of quamba-se, in units of the calibrated scale
 
 
@@ -85,27 +90,27 @@ class _Found:
     ----------
     scans
         Variable of a scan, to the paths of its sequences, by their index.
-    dequantized
-        Variables of dequantizers in front of layers, and the paths of their codes.
     layers
+        Variable of a layer behind a scan, to the paths of its arguments, by their index.
+    names
         Nodes of these layers.
     others
-        Tensors that were asked for and are left alone, and why.
+        Tensors that were asked for and cannot have it, and why.
     done
         How many tensors have the wanted form already.
     """
 
     scans: dict[Any, dict[int, _Path]] = field(default_factory=dict)
-    dequantized: dict[Any, _Path] = field(default_factory=dict)
-    layers: set[str] = field(default_factory=set)
+    layers: dict[Any, dict[int, _Path]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
     others: list[str] = field(default_factory=list)
     done: int = 0
 
     @property
     def paths(self) -> list[_Path]:
         """All that is rewritten."""
-        paths = [path for found in self.scans.values() for path in found.values()]
-        return [*paths, *self.dequantized.values()]
+        readers = [*self.scans.values(), *self.layers.values()]
+        return [path for found in readers for path in found.values()]
 
 
 class _Search:
@@ -211,23 +216,54 @@ class _Search:
             if isinstance(self._bound[var], relax.TupleGetItem) and self._bound[var].index == states
         ]
         seen = set(pending)
-        layers: list[tuple[Any, Any]] = []  # a dequantizer's variable, and the layer that reads it
+        layers: list[tuple[Any, Any]] = []  # variables of what is dequantized, and of its reader
         for var in pending:  # it grows
             for user in self._users.get(var, []):
                 value = self._bound[user]
                 name = operator(value)
                 if is_integer_layer(value, self._value):
-                    layers.append((var, value))
+                    layers.append((var, user))
                 elif name not in (ops.SCAN, ops.COND) and user not in seen:
                     seen.add(user)
-                    pending.append(user)
+                    if not self._makes_another_tensor(value):
+                        pending.append(user)
         if not layers:
-            raise _OtherForm("reaches no layer through a quantizer")
+            raise _OtherForm(
+                "reaches no layer through a quantizer, before a float layer or a normalisation"
+            )
         for var, layer in layers:
             path = self._path(var)
-            if path is not None:
-                self.found.dequantized[var] = path
-                self.found.layers.add(node_name(layer))
+            if path is None:
+                continue
+            self.found.names.add(node_name(self._bound[layer]))
+            for index, argument in enumerate(self._bound[layer].args):
+                if var.same_as(argument):
+                    self.found.layers.setdefault(layer, {})[index] = path
+
+    def _makes_another_tensor(self, value: Any) -> bool:
+        """Whether it is a layer that stays float, or a normalisation; a rotation is neither."""
+        name = operator(value)
+        if name in LAYER_OPERATORS:
+            return not any(_is_rotation(constant(entry)) for entry in map(self._value, value.args))
+        if name in ("multiply", "divide"):  # by the root of the mean square
+            factors = [self._value(entry) for entry in value.args]
+            return any(map(self._is_inverse_root, factors)) or self._is_inverse_root(value)
+        return name in _NORMALISATIONS
+
+    def _is_inverse_root(self, value: Any) -> bool:
+        by = self._value(value.args[1]) if operator(value) == "divide" else None
+        return operator(value) == "rsqrt" or operator(by) == "sqrt"
+
+
+def _is_rotation(matrix: Array | None) -> bool:
+    """Whether it is a square matrix whose rows are orthogonal and of one length."""
+    if matrix is None or matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
+        return False
+    # If and only if W @ W.T is a multiple of the identity it multiplies any vector; two tell.
+    vectors = np.random.default_rng(0).normal(size=(len(matrix), 2))
+    wide = matrix.astype(np.float64)
+    length = (wide[0] ** 2).sum()
+    return bool(np.allclose(wide @ (wide.T @ vectors), length * vectors, 1e-3, 1e-3 * length))
 
 
 def _rebuilt(rewriter: CallRewriter, moves: Sequence[Any], data: Any, zero_point: int) -> Any:
@@ -251,8 +287,8 @@ class SoftEdgeActivations:
     Requires: ``R.quantize`` / ``R.dequantize`` of int8, symmetric and with one scale, on tensors
     that enter selective scans (``bitwright quantize --recipe quamba``). Ensures: such a tensor is
     dequantized from ``bitwright.soft_edge_decode``, its codes are made by
-    ``bitwright.soft_edge_encode`` where the quantizer stands; other readers of the int8 codes keep
-    them. Loops that are no selective scans are left alone.
+    ``bitwright.soft_edge_encode`` where the quantizer stands; what else reads the int8 codes goes
+    on reading them. Loops that are no selective scans are left alone.
 
     Parameters
     ----------
@@ -268,12 +304,14 @@ class SoftEdgeActivations:
         say. Any other layout needs it.
     tensors
         Which inputs: ``x``, ``dt``, ``B``, ``C``, and ``y`` for what the layer behind the scan
-        (out_proj) reads, with a plus between: ``x+B+C``.
+        (out_proj) reads, with a plus between: ``x+B+C``. Every selective scan has to have them
+        quantized.
 
     Raises
     ------
     UsageError
-        If an option is wrong, or the module has nothing to rewrite; why is said.
+        If an option is wrong, the module has no selective scan, or one of the tensors has another
+        form in some of them; which and why is said.
     """
 
     def __init__(
@@ -290,6 +328,11 @@ class SoftEdgeActivations:
             raise UsageError(
                 f"a selective scan has no {' and no '.join(map(repr, unknown)) or 'such input'}",
                 fix="tensors are of " + ", ".join(_TENSORS) + ", with a plus between",
+            )
+        if (edges or ratios) and layout != "quamba-se":
+            raise UsageError(
+                f"edges and ratios are a layout, and {layout} is another one",
+                fix="give either",
             )
         if (not edges) != (not ratios):
             raise UsageError("edges and ratios are given together", fix="add the other")
@@ -318,24 +361,32 @@ class SoftEdgeActivations:
             if isinstance(function, relax.Function)
         }
         others = [text for entry in found.values() for text in entry.others]
-        if not any(entry.paths or entry.done for entry in found.values()):
+        if others or not any(entry.paths or entry.done for entry in found.values()):
             raise UsageError(
-                "there is nothing to give soft-edge codes: "
+                "not all that is asked for can have soft-edge codes: "
                 + ("; ".join(others) or "the model has no selective scan"),
                 fix="quantize what selective scans read (bitwright quantize --recipe quamba), or "
-                "leave soft-edge out",
+                "leave soft-edge, or these of its tensors, out",
             )
         for variable, entry in found.items():
             if entry.paths:
                 rewriter = CallRewriter(mod, self._replace(entry))
                 mod[variable] = rewriter.visit_expr(mod[variable])
-        return self._with_precisions(mod, {n for entry in found.values() for n in entry.layers})
+        return self._with_precisions(mod, {n for entry in found.values() for n in entry.names})
 
     def _replace(self, found: _Found) -> Callable[[CallRewriter, Any, Any], Any]:
         scales = {path.quantized: path.scale for path in found.paths}
         readers = {path.dequantized: path for path in found.paths}
         encoded: dict[Any, Any] = {}
         decoded: dict[Any, Any] = {}
+
+        def read(rewriter: CallRewriter, given: Any, paths: Mapping[int, _Path]) -> list[Any]:
+            """The arguments of a scan or layer, those with a path decoded."""
+            arguments = list(given)
+            for index, path in paths.items():
+                value = decoded[path.dequantized]
+                arguments[index] = _rebuilt(rewriter, path.values, value, 0)
+            return arguments
 
         def replace(rewriter: CallRewriter, call: Any, var: Any) -> Any:
             if var in scales:
@@ -350,13 +401,12 @@ class SoftEdgeActivations:
                 step, zero = relax.const(self._step(path.scale)), relax.const(np.int16(0), "int16")
                 value = with_span(relax.op.dequantize(steps, step, zero, axis=0), call)
                 decoded[var] = rewriter.emit(value)
-                return decoded[var] if var in found.dequantized else call
             elif var in found.scans:
-                sequences = list(call.args[3].fields)
-                for index, path in found.scans[var].items():
-                    value = decoded[path.dequantized]
-                    sequences[index] = _rebuilt(rewriter, path.values, value, 0)
+                sequences = read(rewriter, call.args[3].fields, found.scans[var])
                 arguments = [*call.args[:3], relax.Tuple(sequences)]
+                return relax.Call(call.op, arguments, call.attrs, call.ty_args, call.span)
+            elif var in found.layers:
+                arguments = read(rewriter, call.args, found.layers[var])
                 return relax.Call(call.op, arguments, call.attrs, call.ty_args, call.span)
             return call
 

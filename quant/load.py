@@ -584,6 +584,7 @@ def _normalize(
         _infer_shapes(model, where)
     RemoveUnusedNodesPass()(model)
     _check_convolutions(model, where)
+    _check_decoded(model, where)
     _check_finite(model, where)
     return Model(model, where, structure_hash, weights_hash, tuple(notes))
 
@@ -900,6 +901,37 @@ def _check_layouts(model: ir.Model, where: str) -> None:
                         where=place,
                         fix="quantize the float model again",
                     )
+
+
+def _check_decoded(model: ir.Model, where: str) -> None:
+    """Refuse decoded soft-edge codes that are read as anything but whole steps of a tensor.
+
+    The range of the layout is that of the tensor where, and only where, DequantizeLinear reads what
+    SoftEdgeDecode leaves; and 0 is the value of a code only if it is the zero point.
+    """
+    for graph in model.graphs():
+        for node in graph:
+            if (node.domain, node.op_type) != (SOFT_EDGE_DOMAIN, DECODE):
+                continue
+            why = ""
+            for reader, index in node.outputs[0].uses():
+                what = f"{reader.op_type} {reader.name!r}"
+                if (reader.domain, reader.op_type, index) != ("", "DequantizeLinear", 0):
+                    why = f"{what} reads its steps, not DequantizeLinear"
+                    continue
+                inputs = [entry for entry in reader.inputs[1:] if entry is not None]
+                scale, *zero = map(constant, inputs)
+                if scale is None or scale.size != 1:
+                    why = f"{what} has no constant scale, one for the tensor"
+                elif any(entry is None or entry.any() for entry in zero):
+                    why = f"{what} has a zero point other than 0"
+            if why:
+                raise ModelError(
+                    why,
+                    where=f"{where}, {DECODE} {node.name!r}",
+                    fix="let DequantizeLinear with one scale and zero point 0 read the steps, and "
+                    "move the codes or the floats instead",
+                )
 
 
 def _stand_ins(functions: Iterable[onnx.FunctionProto]) -> Iterator[onnx.FunctionProto]:

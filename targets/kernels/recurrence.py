@@ -980,6 +980,11 @@ class _Emitter:
                     size = size * entry
                 base = emit.bind(emit.index(time * size))
                 self.places[value] = self._whole(value, buffers[f"sequence_{number}"], base)
+            # Shared values may read what is constant in time; it has a copy for each group, and
+            # without parallel axes they are equal.
+            for value in kept:
+                if len(self._rest(value)) == len(value.shape):
+                    self.places[value] = constants[value]
             for value in self.values:
                 if value in self.shared:
                     self.statement(value, locals_[value])

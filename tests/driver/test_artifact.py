@@ -22,6 +22,7 @@ from bitwright import Artifact, Precision, PrecisionPlan, artifact, load_artifac
 from bitwright.artifact import (
     FloatModel,
     Host,
+    LayerEntry,
     Manifest,
     ModelEntry,
     TensorEntry,
@@ -581,3 +582,29 @@ def test_overwriting_where_folders_cannot_be_exchanged(
     save(folder, export, overwrite=True)
     check(load_artifact(folder), inputs())
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "weights, activations, form, expected",
+    [
+        (4, 8, "int", "w4a8"),
+        (4, 8, "soft-edge8", "w4a8se8"),
+        (0, 16, "int", "a16"),  # a product of two activations
+        (0, 8, "soft-edge", "a8se"),
+        (0, 4, "soft-edge4", "a4se4"),
+    ],
+)
+def test_precision_of_a_layer(weights: int, activations: int, form: Any, expected: str) -> None:
+    layer = LayerEntry(
+        name="layer",
+        operator="matmul",
+        weight_bits=weights,
+        activation_bits=activations,
+        accumulator_bits=32,
+        kernel=True,
+        weight_count=0,
+        weight_bytes=0,
+        float_weight_bytes=0,
+        activation_format=form,
+    )
+    assert layer.precision == expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,26 @@ Front = Callable[[Callable[..., Any], Any], Any]
 """Makes of a function that binds and of a tensor what the scan reads."""
 
 
-def body(builder: Any, *, gated: bool = False) -> Any:
+def body(builder: Any, *, gated: bool = False, batch: Sequence[int] = ()) -> Any:
     """Add the step of a selective scan, or of another recurrence of the same inputs."""
     sizes = ([CHANNELS, STATE], [CHANNELS], [CHANNELS], [STATE], [STATE])
     state, dt, x, b, c = (
-        relax.Var(name, relax.TensorType(shape, "float32"))
+        relax.Var(name, relax.TensorType([*batch, *shape], "float32"))
         for name, shape in zip(("h", "dt", "x", "B", "C"), sizes, strict=True)
     )
     decay = relax.const(-np.arange(1, STATE + 1, dtype=np.float32))
     with builder.function("body", [state, dt, x, b, c], private=True):
         with builder.dataflow():
             emit = builder.emit
-            wide = emit(op.expand_dims(dt, 1))
+            if batch:
+                b, c = (emit(op.expand_dims(entry, -2)) for entry in (b, c))
+            wide = emit(op.expand_dims(dt, -1))
             kept = emit(op.multiply(emit(op.exp(emit(op.multiply(wide, decay)))), state))
             if gated:
                 kept = emit(op.tanh(kept))
-            scaled = emit(op.expand_dims(emit(op.multiply(dt, x)), 1))
+            scaled = emit(op.expand_dims(emit(op.multiply(dt, x)), -1))
             new = emit(op.add(kept, emit(op.multiply(scaled, b))))
-            output = emit(op.sum(emit(op.multiply(new, c)), axis=[1]))
+            output = emit(op.sum(emit(op.multiply(new, c)), axis=[-1]))
             result = builder.emit_output(relax.Tuple([new, output]))
         return builder.emit_func_output(result)
 
@@ -45,6 +47,7 @@ def module(
     behind: Callable[[Callable[..., Any], Any, Mapping[str, Any]], Any] | None = None,
     *,
     gated: bool = False,
+    batch: Sequence[int] = (),
     names: Mapping[str, str] | None = None,
 ) -> Any:
     """A module of one scan.
@@ -57,22 +60,24 @@ def module(
         Makes the result of what binds, of the scan's output and of what the scan reads.
     gated
         Whether the scan is no selective one.
+    batch
+        Axes in front of those of a step.
     names
         Attribute of the module: precision of each layer.
     """
     builder = relax.BlockBuilder()
-    step = body(builder, gated=gated)
+    step = body(builder, gated=gated, batch=batch)
     time = tirx.Var("T", "int64")
     sizes = {"dt": CHANNELS, "x": CHANNELS, "B": STATE, "C": STATE}
     inputs = {
-        name: relax.Var(name, relax.TensorType([time, size], "float32"))
+        name: relax.Var(name, relax.TensorType([time, *batch, size], "float32"))
         for name, size in sizes.items()
     }
     kinds = [
-        relax.TensorType([CHANNELS, STATE], "float32"),
-        relax.TensorType([time, CHANNELS], "float32"),
+        relax.TensorType([*batch, CHANNELS, STATE], "float32"),
+        relax.TensorType([time, *batch, CHANNELS], "float32"),
     ]
-    first = relax.const(np.zeros((CHANNELS, STATE), np.float32))
+    first = relax.const(np.zeros((*batch, CHANNELS, STATE), np.float32))
     with builder.function("main", list(inputs.values())):
         with builder.dataflow():
             read = {

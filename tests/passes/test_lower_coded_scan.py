@@ -22,17 +22,19 @@ from tests.passes.modules import transform
 from tests.passes.soft_edge_layouts import ASYMMETRIC, LAYOUTS, UNSIGNED
 from tests.quant.qdq import Array
 
-S = 1 / 32
-TIME = 9
+S = 0.0123  # no power of two, so codes times scales are rounded
 
 
-def inputs() -> dict[str, Array]:
+def inputs(*leading: int) -> dict[str, Array]:
+    """Values of each tensor, of 9 steps where nothing is said."""
+    leading = leading or (9,)
     random = np.random.default_rng(11)
     sizes = {"dt": CHANNELS, "x": CHANNELS, "B": STATE, "C": STATE}
     made = {
-        name: random.normal(0, 0.7, (TIME, size)).astype(np.float32) for name, size in sizes.items()
+        name: random.normal(0, 0.7, (*leading, size)).astype(np.float32)
+        for name, size in sizes.items()
     }
-    made["x"][3] *= 40  # outliers
+    made["x"][leading[0] // 3] *= 40  # outliers
     return made
 
 
@@ -75,14 +77,28 @@ FORMS: dict[str, tuple[Front, Any, str]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_kernels_decode_what_they_read(form: str) -> None:
     front, expected, dtype = FORMS[form]
-    feeds = inputs()
+    lengths = inputs(1), inputs(2), inputs(9)
     for names in (["x"], ["dt", "x", "B", "C"]):
         built = transform(module(dict.fromkeys(names, front)), LowerScan())
         kinds = [str(entry.ty.dtype) for entry in kernel(built).params[-4:]]
-        assert kinds == [dtype if name in names else "float32" for name in feeds]
-        rounded = {n: expected(x) if n in names else x for n, x in feeds.items()}
-        floats = run(transform(module({}), LowerScan()), rounded)
-        assert np.array_equal(run(built, feeds), floats)
+        assert kinds == [dtype if name in names else "float32" for name in lengths[0]]
+        floats = transform(module({}), LowerScan())
+        for feeds in lengths:
+            rounded = {n: expected(x) if n in names else x for n, x in feeds.items()}
+            assert np.array_equal(run(built, feeds), run(floats, rounded))
+
+
+@pytest.mark.parametrize("form", ["int8", "quamba-se", "asymmetric"])
+def test_batches(form: str) -> None:
+    front, expected, dtype = FORMS[form]
+    names, feeds = ("dt", "x", "B", "C"), inputs(7, 3)
+    built = transform(module(dict.fromkeys(names, front), batch=[3]), LowerScan())
+    assert [str(entry.ty.dtype) for entry in kernel(built).params[-4:]] == [dtype] * 4
+    floats = transform(module({}, batch=[3]), LowerScan())
+    rounded = {name: expected(value) for name, value in feeds.items()}
+    assert np.array_equal(run(built, feeds), run(floats, rounded))
+    alone = run(transform(module({}), LowerScan()), {n: x[:, 1] for n, x in rounded.items()})
+    np.testing.assert_allclose(run(built, feeds)[:, 1], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_roles_are_those_of_floats() -> None:

@@ -261,6 +261,40 @@ def test_a_recurrent_matrix(hidden: int, constant: bool, batch: int) -> None:
         np.testing.assert_allclose(output, rows, rtol=1e-5, atol=1e-6)
 
 
+# -- values that all channels read ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [8, 33, 600])
+@pytest.mark.parametrize("batch", [None, 3])
+def test_shared_values_of_what_is_constant_in_time(channels: int, batch: int | None) -> None:
+    def body(emit: Callable[[Any], Any], w: Any, v: Any, s: Any, x: Any, b: Any) -> list[Any]:
+        shares = emit(op.divide(w, emit(op.sum(w))))
+        both = emit(op.concat([shares, v], axis=0))
+        weighted = emit(op.multiply(b, both))
+        new = emit(op.add(s, emit(op.multiply(emit(op.expand_dims(x, -1)), weighted))))
+        return [new, emit(op.sum(emit(op.multiply(new, weighted)), [-1]))]
+
+    leading = () if batch is None else (batch,)
+    state, row = ("float32", *leading, channels, 5), ("float32", *leading, channels)
+    vectors = [("float32", 3), ("float32", 2)]
+    after = transform(module(body, vectors, [state], [row, ("float32", 5)]), LowerScan())
+    assert is_lowered(after)
+    random = np.random.default_rng(channels)
+    w, v = random.uniform(0.5, 2, 3), random.normal(size=2)
+    s, xs = random.normal(size=state[1:]), random.normal(size=(4, *row[1:]))
+    bs = random.normal(size=(4, 5))
+    given = [entry.astype(np.float32) for entry in (w, v, s, xs, bs)]
+    rows = []
+    for x, b in zip(xs, bs, strict=True):
+        weighted = b * np.concatenate([w / w.sum(), v])
+        s = s + x[..., None] * weighted
+        rows.append((s * weighted).sum(-1))
+    for target in TARGETS:
+        last, output = run(after, target, *given)
+        np.testing.assert_allclose(last, s, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(output, rows, rtol=1e-4, atol=1e-5)
+
+
 # -- codes ---------------------------------------------------------------------------------------
 
 HOSTS = [isa for isa in ISAS.values() if isa != AVX2 or detect() == AVX2]

@@ -95,6 +95,14 @@ def test_wrong_layouts_are_refused() -> None:
         ops.soft_edge_encode(values, relax.const(1.0), layout="two scales")
 
 
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "float64")])
+def test_values_of_another_type_are_refused(dtypes: tuple[str, str]) -> None:
+    values = relax.Var("x", relax.TensorType([2], dtypes[0]))
+    call = ops.soft_edge_encode(values, relax.const(1.0, dtypes[1]), layout="quamba-se")
+    with pytest.raises(UsageError, match=r"made of float32 values and steps, not float(16|64)"):
+        relax.BlockBuilder().normalize(call)
+
+
 def test_codes_of_another_type_are_refused() -> None:
     codes = relax.Var("q", relax.TensorType([2], "int8"))
     call = ops.soft_edge_decode(codes, layout="quamba-se")

@@ -43,9 +43,9 @@ def test_other_inputs_stay_unless_asked_for() -> None:
 
 
 def test_edges_and_ratios_are_a_layout() -> None:
-    layout = SoftEdge.three_scales((7.5, 31.5, 95.5), (0.5, 1.0, 8.0)) if False else QUAMBA_SE
-    expected = module({"x": soft_edge(S / 4, layout)})
-    assert_becomes(module({"x": pair(S)}), expected, edges="15.75/143/395", ratios=(0.25, 1.0, 4.0))
+    layout = SoftEdge.three_scales((7.5, 63.0, 127.0), (0.5, 1.0, 2.0))
+    expected = module({"x": soft_edge(S / 2, layout)})
+    assert_becomes(module({"x": pair(S)}), expected, edges="7.5/63/127", ratios=(0.5, 1.0, 2.0))
 
 
 def test_any_layout_with_its_finest_step() -> None:
@@ -136,7 +136,7 @@ def test_a_projection_of_the_same_codes_keeps_them() -> None:
 def _behind(make: Front) -> Callable[..., Any]:
     def behind(emit: Callable[..., Any], output: Any, _: Any) -> Any:
         gated = emit(op.multiply(output, emit(op.nn.silu(output))))
-        rotation = np.where(np.eye(CHANNELS), -1.0, 1.0).astype(np.float32)
+        rotation = (np.eye(CHANNELS) - 2 / CHANNELS).astype(np.float32)  # a reflection
         gated = emit(op.matmul(gated, relax.const(rotation)))
         out = op.matmul(make(emit, gated), _weights(emit))
         return emit(out)
@@ -154,6 +154,77 @@ def test_the_gated_output_on_request() -> None:
     before = module({"x": pair(S)}, _behind(pair(2 * S)))
     expected = module({"x": pair(S)}, _behind(soft_edge(S / 2, QUAMBA_SE)))
     assert_becomes(before, expected, tensors="y")
+
+
+def test_what_else_reads_the_gated_output_keeps_its_codes() -> None:
+    def behind(fine: Front | None) -> Callable[..., Any]:
+        def made(emit: Callable[..., Any], output: Any, _: Any) -> Any:
+            coarse = pair(2 * S)(emit, output)
+            read = coarse if fine is None else fine(emit, output)
+            product = emit(op.matmul(read, _weights(emit)))
+            return relax.Tuple([product, emit(op.nn.relu(coarse))])
+
+        return made
+
+    expected = module({}, behind(soft_edge(S / 2, QUAMBA_SE)))
+    after = transform(module({}, behind(None)), SoftEdgeActivations(tensors="y"))
+    bound = _bound(after)
+    (relu,) = [value for value in bound.values() if operator(value) == "nn.relu"]
+    found = quantizer(bound[relu.args[0]], "dequantize")
+    assert found is not None
+    assert found.dtype == "int8"
+    (product,) = [value for value in bound.values() if operator(value) == "matmul"]
+    found = quantizer(bound[product.args[0]], "dequantize")
+    assert found is not None
+    assert operator(bound[found.operand]) == ops.SOFT_EDGE_DECODE
+    names = [sorted(operator(v) or "" for v in _bound(m).values()) for m in (after, expected)]
+    assert names[0] == names[1]
+
+
+def _bound(made: Any) -> dict[Any, Any]:
+    return {b.var: b.value for block in made["main"].body.blocks for b in block.bindings}
+
+
+def _float_layer(emit: Callable[..., Any], value: Any) -> Any:
+    weights = np.random.default_rng(0).normal(size=(CHANNELS, CHANNELS)).astype(np.float32)
+    return emit(op.matmul(value, relax.const(weights)))
+
+
+def _weight_only_layer(emit: Callable[..., Any], value: Any) -> Any:
+    weights = relax.const(np.eye(CHANNELS, dtype=np.int8))
+    zero = relax.const(np.int8(0), "int8")
+    return emit(op.matmul(value, emit(op.dequantize(weights, relax.const(np.float32(1)), zero))))
+
+
+def _root_of_mean_square(emit: Callable[..., Any], value: Any) -> Any:
+    power = emit(op.mean(emit(op.multiply(value, value)), [-1], keepdims=True))
+    return emit(op.sqrt(emit(op.add(power, relax.const(np.float32(1e-5))))))
+
+
+def _divided(emit: Callable[..., Any], value: Any) -> Any:
+    return emit(op.divide(value, _root_of_mean_square(emit, value)))
+
+
+def _multiplied(emit: Callable[..., Any], value: Any) -> Any:
+    root = _root_of_mean_square(emit, value)
+    return emit(op.multiply(value, emit(op.divide(relax.const(np.float32(1)), root))))
+
+
+def _layer_norm(emit: Callable[..., Any], value: Any) -> Any:
+    weight = relax.const(np.ones(CHANNELS, np.float32))
+    return emit(op.nn.layer_norm(value, weight, weight, axes=[-1]))
+
+
+@pytest.mark.parametrize(
+    "between", [_float_layer, _weight_only_layer, _divided, _multiplied, _layer_norm]
+)
+def test_the_layer_behind_another_one_reads_no_output_of_the_scan(between: Front) -> None:
+    def behind(emit: Callable[..., Any], output: Any, _: Any) -> Any:
+        read = pair(S)(emit, between(emit, output))
+        return emit(op.matmul(read, _weights(emit)))
+
+    with pytest.raises(UsageError, match="y of 'ssm' reaches no layer through a quantizer"):
+        transform(module({}, behind), SoftEdgeActivations(tensors="y"))
 
 
 def test_the_layer_behind_is_noted() -> None:
@@ -191,11 +262,22 @@ def test_what_has_no_such_quantizer_is_named(front: Front, why: str) -> None:
     assert "--recipe quamba" in str(caught.value)
 
 
+def test_a_tensor_that_is_asked_for_is_not_left_out() -> None:
+    before = module({"x": pair(S), "B": pair(S, "uint8", 3)})
+    with pytest.raises(UsageError) as caught:
+        transform(before, SoftEdgeActivations(tensors="x+dt+B"))
+    assert "dt of 'ssm' is not quantized; B of 'ssm' is quantized as uint8" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "options, why",
     [
         ({"tensors": "z"}, "a selective scan has no 'z'"),
         ({"edges": "1/2/3"}, "edges and ratios are given together"),
+        (
+            {"layout": str(ASYMMETRIC), "edges": "15.75/143/395", "ratios": "0.25/1/4"},
+            "edges and ratios are a layout, and int8:.* is another one",
+        ),
         ({"edges": "1/2", "ratios": "1/2/4"}, "edges are three numbers, not '1/2'"),
         ({"edges": "1/2/3", "ratios": "1/2/3"}, "ratios be powers of two"),
         ({"layout": "two"}, "'two' is no soft-edge layout"),

@@ -10,7 +10,7 @@ import pytest
 import tvm
 from tvm import relax
 
-from bitwright.errors import UsageError
+from bitwright.errors import PlanError, UsageError
 from bitwright.importer import import_model
 from bitwright.passes import ops
 from bitwright.passes.expressions import calls, is_layer, operator
@@ -24,7 +24,7 @@ from bitwright.soft_edge import QUAMBA_SE, SoftEdge
 from bitwright.targets.kernels.host import AVX2, detect
 from tests.passes.modules import transform
 from tests.passes.regions import check, compiled, execute
-from tests.passes.soft_edge_layouts import ASYMMETRIC, LAYOUTS
+from tests.passes.soft_edge_layouts import ASYMMETRIC, LAYOUTS, UNSIGNED
 from tests.passes.soft_edge_models import made, soft_edge
 from tests.quant.qdq import Array, Builder
 
@@ -71,8 +71,37 @@ def test_layers_equal_the_reference(layout: SoftEdge, isa: str) -> None:
     conv = built.layers[0]
     form = layout.activation
     assert (conv.activation_bits, conv.activation_format) == (form.bits, form.format)
+    product = built.layers[2]
+    assert product.weight_bits == 0
+    assert (product.activation_bits, product.activation_format) == (form.bits, form.format)
     # Codes of the model's input are made of floats.
     assert [entry.operator for entry in built.host_operators] == ["soft_edge_encode"]
+
+
+@pytest.mark.parametrize("form", ["int8", "soft-edge"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_targets_decode_both_operands_or_none(form: str, swapped: bool) -> None:
+    """A product without weights."""
+    builder = Builder(opset=21)
+    x, y = builder.input("x", ["n", 6]), builder.input("y", [6, 4])
+    left = builder.activation(x, Q8) if form == "int8" else soft_edge(builder, x, 0.01, UNSIGNED)
+    operands = [left, soft_edge(builder, y, 0.01, QUAMBA_SE)]
+    if swapped:
+        operands = [builder.node("Transpose", entry) for entry in reversed(operands)]
+    last = builder.activation(builder.node("MatMul", *operands, name="xy"), Q8)
+    model = made(builder, last, shape=[None, None])
+    layer = compiled(model).layers[0]
+    assert (layer.weight_bits, layer.activation_bits) == (0, 8)
+    assert layer.activation_format == "soft-edge"
+    module = transform(import_model(load(model)), PropagateQuantization())
+    with pytest.raises(PlanError, match="decodes no soft-edge activations"):
+        transform(module, PartitionForTarget("bitfusion/eyeriss"))
+    systolic = PartitionForTarget("generic/systolic")  # it decodes two formats of 8 bits
+    if form == "int8":
+        transform(module, systolic)
+    else:
+        with pytest.raises(PlanError, match=r"cannot do the precision of .*xy.*w8a4se4"):
+            transform(module, systolic)
 
 
 @LAYOUT

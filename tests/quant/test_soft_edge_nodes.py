@@ -214,3 +214,52 @@ def test_layouts_that_say_something_else(model: onnx.ModelProto, what: str) -> N
     with pytest.raises(ModelError, match=what) as caught:
         load(model)
     assert "quantize the float model again" in str(caught.value)
+
+
+def read_as(**nodes: Any) -> onnx.ModelProto:
+    """Steps of an input, and what reads them: names with operator and inputs, ``y`` the last."""
+    helper = onnx.helper
+    model = model_of(EXAMPLE)
+    del model.graph.node[2:], model.graph.output[:]
+    for name, (kind, *inputs) in nodes.items():
+        model.graph.node.append(helper.make_node(kind, inputs, [name], f"the_{name}"))
+    arrays = {"zero": np.int16(0), "other": np.int16(300), "two": np.full(3, STEP)}
+    for name, array in arrays.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(array), name))
+    model.graph.input.append(helper.make_tensor_value_info("given", onnx.TensorProto.FLOAT, ()))
+    model.graph.output.append(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None))
+    return model
+
+
+def test_steps_are_dequantized_with_one_scale_and_zero_point_0() -> None:
+    load(read_as(y=("DequantizeLinear", "steps", "step")))
+    load(read_as(y=("DequantizeLinear", "steps", "step", "zero")))
+
+
+@pytest.mark.parametrize(
+    "nodes, why",
+    [
+        # The codes stand around 0, so Relu of them would not be Relu of these values.
+        (
+            {"z": ("DequantizeLinear", "steps", "step", "other"), "y": ("Relu", "z")},
+            "DequantizeLinear 'the_z' has a zero point other than 0",
+        ),
+        (
+            {"y": ("DequantizeLinear", "steps", "given")},
+            "DequantizeLinear 'the_y' has no constant scale",
+        ),
+        (
+            {"y": ("DequantizeLinear", "steps", "two")},
+            "DequantizeLinear 'the_y' has no constant scale, one for the tensor",
+        ),
+        (
+            {"z": ("Transpose", "steps"), "y": ("DequantizeLinear", "z", "step")},
+            "Transpose 'the_z' reads its steps, not DequantizeLinear",
+        ),
+    ],
+)
+def test_steps_that_are_read_otherwise(nodes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelError, match=f"{why}.*") as caught:
+        load(read_as(**nodes))
+    assert "SoftEdgeDecode 'decode'" in str(caught.value)
+    assert "zero point 0" in str(caught.value)
