@@ -18,7 +18,7 @@ from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 from tests.quant.mamba import mamba, samples
 from tests.quant.qdq import Builder, quantize
-from tests.quant.test_recipes import error_db
+from tests.quant.test_recipes import error_db, run
 
 PERCENTILES = (99.0, 100.0)
 
@@ -173,3 +173,29 @@ def test_what_the_softplus_reads_is_tried_where_the_plan_names_it(path: Path) ->
     assert result.plan.scan_inputs == found.plan.scan_inputs
     measured = error_db(result.model, mamba(both_ways=True), 0)
     assert measured == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits
+
+
+def test_a_residual_addition_is_not_cut(tmp_path: Path) -> None:
+    """What reads a tensor at its elementwise bits sees all of it, as in the search."""
+    build = Builder()
+    random = np.random.default_rng(3)
+    x = build.input("x", ["n", 12])
+
+    def layer(value: str, outputs: int, name: str) -> str:
+        weights = random.normal(size=(12, outputs)).astype(np.float32) / np.float32(4)
+        return build.node("MatMul", value, build.constant(weights), name=name)
+
+    hidden = build.node("Relu", layer(x, 12, "one"), name="relu")
+    total = build.node("Add", hidden, layer(hidden, 12, "two"), name="add")
+    model = build.model(layer(total, 4, "three"))
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    data = {"x": random.standard_t(2, (200, 12)).astype(np.float32)}
+    found = bitwright.choose_forms(
+        path, calibration=data, precision="w16a8", forms="a8", percentiles="99", samples=200
+    )
+    result = bitwright.quantize(path, calibration=data, plan=found.plan)
+    (expected,), (noisy,) = (run(entry, data["x"]) for entry in (model, result.model))
+    noise = float(np.square(noisy - expected).sum())
+    measured = 10 * np.log10(float(np.square(expected).sum()) / noise)
+    assert measured == pytest.approx(found.sqnr_db, abs=1.0)
