@@ -171,6 +171,8 @@ def spread(count: int, most: int) -> list[int]:
     """At most so many indices below a count, evenly spread."""
     if count <= most:
         return list(range(count))
+    if most == 1:
+        return [count // 2]
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 

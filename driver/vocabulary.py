@@ -703,8 +703,9 @@ class PrecisionPlan:
         What selective scans (Mamba) read, by the names of tensors in the model, to how it is
         quantized, a form or its text. Those that are not named stay float32.
     percentiles
-        Names of activation tensors to the share of their values, in percent, that their range
-        keeps; for the others an option of the quantizer says so.
+        Names of tensors that layers or selective scans read, to the share of their values, in
+        percent, that their range keeps there; for the others an option of the quantizer says so.
+        Elementwise operators read codes of their own, unless they have the same form.
     """
 
     layers: Mapping[str, Precision]

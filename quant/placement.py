@@ -243,11 +243,14 @@ class Placement:
 
     def wanted(self, plan: PrecisionPlan) -> list[tuple[ir.Value, Activation]]:
         """Tensors to quantize, with the form of their codes."""
-        layers = {
+        return list({**self.wanted_layers(plan), **self.wanted_elementwise(plan)})
+
+    def wanted_layers(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, Activation], None]:
+        """Those that layers read."""
+        return {
             (self.layer_input(node), plan.layers[str(node.name)].activation): None
             for node in self.layers
         }
-        return list({**layers, **self.wanted_elementwise(plan)})
 
     def wanted_elementwise(self, plan: PrecisionPlan) -> dict[tuple[ir.Value, Activation], None]:
         """Those that operators without weights read, or that leave a loop in fixed point.

@@ -203,7 +203,7 @@ def _check_tensors(model: Model, plan: PrecisionPlan, where: str) -> None:
             raise PlanError(
                 f"the model has no activation tensor {unknown[0]!r}",
                 where=f"{where}, percentiles",
-                fix="name tensors that layers, selective scans or elementwise operators read",
+                fix="name tensors that layers or selective scans read",
             )
 
 
@@ -325,13 +325,17 @@ def calibrate_model(
     options.rewrite(model, scans)
     placement = Placement(model.graph, fixed_point_loops=loop_bits < FLOAT_BITS, scan_inputs=read)
     wanted: dict[tuple[ir.Value, Activation], None] = {}
+    # What percentiles of a plan are about: other operators read the tensor as it is, at their bits.
+    named = {entry for node in placement.scan_inputs for entry in placement.scanned(node)}
     elementwise: set[tuple[str, Activation]] = set()
     for number in range(max(len(entry) for entry in precisions.values())):
         layers = {name: entry[number % len(entry)] for name, entry in precisions.items()}
         plan = PrecisionPlan(layers, elementwise_bits=elementwise_bits, loop_bits=loop_bits)
         wanted.update(dict.fromkeys(placement.wanted(plan)))
+        named.update(placement.wanted_layers(plan))
         elementwise.update((str(v.name), form) for v, form in placement.wanted_elementwise(plan))
-    ranges = _ranges(about.percentiles, uses, {value for value, _ in wanted}, model.source)
+    ranges = _ranges(about.percentiles, uses, {value for value, _ in named}, model.source)
+    cut = {(value, form): ranges[value] for value, form in named if value in ranges}
     observers, kept = calibrate(
         model,
         [value for value, _ in wanted],
@@ -345,14 +349,14 @@ def calibrate_model(
         (str(value.name), form): choose_activation(
             observers[str(value.name)],
             form,
-            method="percentile" if value in ranges else clip,
-            percentile=ranges.get(value, options.percentile),
+            method="percentile" if (value, form) in cut else clip,
+            percentile=cut.get((value, form), options.percentile),
             asymmetric=asymmetric,
             symmetric=options.symmetric,
         )
         for value, form in wanted
     }
-    elementwise.update((str(v.name), form) for v, form in wanted if v in ranges)
+    elementwise.update((str(v.name), form) for v, form in cut)
     for new, old in placement.leaving.items():  # a state keeps its codes from step to step
         pair = [(str(v.name), Activation(loop_bits)) for v in (new, old) if v is not None]
         if len(pair) == 2 and pair[1] in quantizations:
@@ -411,10 +415,10 @@ def _ranges(
         found = [value for value in values if value is not None and value in quantized]
         if not found:
             raise PlanError(
-                f"the plan has a percentile for {name!r}, which is not quantized",
+                f"the plan has a percentile for {name!r}, which neither a layer nor a selective "
+                "scan reads quantized",
                 where=source,
-                fix="leave it out, or name a tensor that a layer, a selective scan or an "
-                "elementwise operator between layers reads",
+                fix="leave it out, or name a tensor that one of them reads",
             )
         ranges.update(dict.fromkeys(found, percent))
     return ranges

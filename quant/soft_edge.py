@@ -198,7 +198,7 @@ def _fixed_step(observer: Observer, layout: SoftEdge, peak: float, method: ClipM
     if method != "mmse":
         return _step(scale / 4.0)
     # At the narrowest the largest magnitude is clipped to a quarter.
-    narrowest = np.log2(4.0 * layout.value_max / 4.0 / _SCALE_CODES)
+    narrowest = np.log2(layout.value_max / _SCALE_CODES)
     steps = np.exp2(-np.linspace(0.0, narrowest, _STEPS)) * (scale / 4.0)
     steps = np.array([_step(float(step)) for step in steps])
     errors = squared_error(observer, steps, np.zeros(_STEPS), 0, 0, layout)

@@ -11,7 +11,6 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from benchmarks.activation_histograms import draw
 from benchmarks.bootstrap import Bootstrap, Estimate
 from benchmarks.mamba_configurations import (
     Run,
-    configurations,
+    chosen,
     float_runner,
     largest_difference,
+    positive,
     quantized,
     runner,
 )
@@ -151,9 +151,9 @@ def recorded(model: Path, rows: Sequence[Tokens]) -> dict[str, npt.NDArray[np.fl
 def main() -> None:
     """Print the table, draw the figure, write what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--documents", type=int, help="held-out documents; default: all")
+    parser.add_argument("--documents", type=positive, help="held-out documents; default: all")
     parser.add_argument(
-        "--only", default="*", help="names of configurations, by commas; * is any text"
+        "--only", type=chosen, default="*", help="names of configurations, by commas; * is any text"
     )
     parser.add_argument("--output", type=Path, help="folder for model, data, figure and figures")
     parser.add_argument("--engine", choices=["artefact", "onnxruntime"], default="artefact")
@@ -176,16 +176,11 @@ def main() -> None:
             np.savez(folder / f"{task}.npz", tokens=data["tokens"], labels=data["labels"])
         draw(recorded(model, list(tokens[::4])), folder / "activations.png")
 
-        chosen = [
-            configuration
-            for configuration in configurations()
-            if any(fnmatchcase(configuration.name, part) for part in arguments.only.split(","))
-        ]
         counted = {task: len(rows) for task, rows in questions.rows.items()}
         print(f"{len(texts)} documents; sequences: {counted}", flush=True)
         answers = {"float": questions.answers(float_runner(model))}
         bootstrap = Bootstrap(len(texts))
-        for configuration in chosen:
+        for configuration in arguments.only:
             started = time.perf_counter()
             path = quantized(configuration, model, {"tokens": tokens})
             run = runner(path, arguments.engine)
@@ -194,11 +189,14 @@ def main() -> None:
             found = estimates(bootstrap, answers[configuration.name], answers["float"])
             print(
                 f"{configuration.name}: perplexity {found['perplexity'].show(2)}; "
-                f"{time.perf_counter() - started:.0f} s; onnxruntime is {apart:.1e} apart",
+                f"{time.perf_counter() - started:.0f} s; "
+                f"the first steps in onnxruntime are {apart:.1e} apart",
                 flush=True,
             )
         lines: list[Line] = []
-        references = {configuration.name: configuration.reference for configuration in chosen}
+        references = {
+            configuration.name: configuration.reference for configuration in arguments.only
+        }
         for name, own in answers.items():
             other = None if name == "float" else "float"
             compared = None if other is None else answers[other]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import math
+import shutil
 import subprocess
 import tempfile
 import time
@@ -54,6 +55,10 @@ Tokens = npt.NDArray[np.int64]
 
 def compile_scan(folder: Path) -> ctypes.CDLL:
     """Compile `scan.cc` for this processor."""
+    if shutil.which("c++") is None:
+        raise SystemExit(
+            "there is no C++ compiler (c++), which scan.cc needs: install one, g++ say"
+        )
     flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c++17"]
     target, made = folder / "scan.so", folder / "scan.o"
     # Linking with -ffast-math would change how the whole process treats tiny numbers.

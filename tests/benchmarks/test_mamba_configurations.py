@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
+import bitwright
+from benchmarks import mamba_configurations as module
 from benchmarks.mamba_activations import activation_row, heavy_tailed
 from benchmarks.mamba_configurations import (
+    Configuration,
+    chosen,
     configurations,
     float_runner,
     largest_difference,
     plan_of,
+    positive,
     quantized,
     runner,
 )
@@ -53,6 +61,56 @@ def test_forms_reach_the_tensors_they_are_for(model: Path) -> None:
     assert len(plan.scan_inputs) == 16
     assert set(plan.scan_inputs.values()) == {Activation.parse("a4se4")}
     assert {str(precision) for precision in plan.layers.values()} == {"w8a4se4"}
+    # All activations have at most 8 bits, in all rows but one.
+    wide = [
+        name
+        for name, entry in FOUND.items()
+        if name.startswith("all/") and plan_of(entry, model).elementwise_bits == 16  # type: ignore[union-attr]  # they have plans
+    ]
+    assert wide == ["all/a8+16 mmse"]
+
+
+def test_the_cache_knows_what_was_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path))
+    made = []
+
+    def quantize(*_: Any, output: Path, **options: Any) -> None:
+        made.append(options)
+        output.write_bytes(b"")
+
+    monkeypatch.setattr(bitwright, "quantize", quantize)
+    data = {"tokens": np.zeros((1, 8), np.int64)}
+    first = Configuration("all/a8", everywhere=Activation(8))
+    others = [replace(first, options={"clip": "minmax"}), replace(first, elementwise_bits=16)]
+    paths = {quantized(entry, model, data) for entry in (first, *others, first)}
+    assert (len(paths), len(made)) == (3, 3)
+
+
+def test_options_of_the_scripts() -> None:
+    assert [entry.name for entry in chosen("scan/naive*,all/a4 mmse")] == [
+        "all/a4 mmse",
+        "scan/naive w8a8",
+    ]
+    assert positive("3") == 3
+    for wrong in ("0", "-1", "x"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            positive(wrong)
+    with pytest.raises(argparse.ArgumentTypeError, match="no configuration is called 'al'"):
+        chosen("al,all/*")
+
+
+def test_engines_are_compared_on_short_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def double(array: Any) -> Any:
+        return 2.0 * array
+
+    monkeypatch.setattr(module, "runner", lambda *_: double)
+    array = np.arange(40.0)
+    assert largest_difference(tmp_path, lambda x: double(x) + (x > 15), [array]) == 0.0
+    assert largest_difference(tmp_path, lambda x: double(x) + (x > 14), [array]) == 1.0
 
 
 def test_calibrated_segments_are_better_on_heavy_tails() -> None:

@@ -80,3 +80,10 @@ def test_the_corpus_is_that_of_the_figures() -> None:
     assert (corpus.digest(test), len(test)) == ("75554abd2b4a", 1_556)
     assert not {file.content for file in calibration} & {file.content for file in test}
     assert all(len(file.content) == LENGTH for file in (*calibration, *test))
+
+
+def test_indices_are_spread() -> None:
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(9, 3) == [0, 4, 8]
+    assert spread(9, 1) == [4]
+    assert spread(9, 0) == []

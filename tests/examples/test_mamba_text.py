@@ -174,7 +174,6 @@ def test_metrics_of_the_command_are_those_of_the_table(model: Path, tokenizer: T
     texts = measure.documents("test.txt")[:2]
     questions = measure.Questions(tokenizer, texts)
     answers = questions.answers(lambda tokens: run(model, tokens))
-    # Only the shortest document: all rows are padded to the longest.
     for task, metric in (("cloze4", "cloze4"), ("order", "choice")):
         data = tasks.arrays(questions.rows[task], choice=True)
         result = bitwright.evaluate(model, data, metric=metric)
@@ -238,3 +237,22 @@ def test_training_learns_and_exports_what_it_learned(tokenizer: Tokenizer, tmp_p
     held_out = np.array([START, *tokenizer.encode(measure.documents("test.txt")[0])])[:200]
     assert train.difference(network_, weights, held_out) < 1e-4
     assert train.perplexity(network_, [held_out]) < 1_000  # a guess is 2,048
+
+
+def test_training_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    train = importlib.import_module("examples.mamba_text.train")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="no C\\+\\+ compiler"):
+        train.compile_scan(tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--documents", "0"], ["--only", "al"]])
+def test_options_that_choose_nothing(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["measure", *words])
+    with pytest.raises(SystemExit) as caught:
+        measure.main()
+    assert caught.value.code == 2
+    assert words[1] in capsys.readouterr().err

@@ -17,8 +17,8 @@ from bitwright.quant.observers import Observer
 from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 from tests.quant.mamba import mamba, samples
-from tests.quant.qdq import Builder, quantize
-from tests.quant.test_recipes import error_db
+from tests.quant.qdq import Array, Builder, quantize
+from tests.quant.test_recipes import error_db, run
 
 PERCENTILES = (99.0, 100.0)
 
@@ -173,3 +173,34 @@ def test_what_the_softplus_reads_is_tried_where_the_plan_names_it(path: Path) ->
     assert result.plan.scan_inputs == found.plan.scan_inputs
     measured = error_db(result.model, mamba(both_ways=True), 0)
     assert measured == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits
+
+
+def test_a_residual_addition_is_not_cut(tmp_path: Path) -> None:
+    """What reads a tensor at its elementwise bits sees all of it, as in the search."""
+    build = Builder()
+    random = np.random.default_rng(3)
+    x = build.input("x", ["n", 12])
+    shapes = ((12, 12), (12, 12), (12, 12), (12, 4))
+    one, two, three, last = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    one[:, 0] *= 20  # a channel far out, which the second layer does not look at
+    two[0] = 0.0
+    three[:, 0] = -0.95 * one[:, 0]  # and which hardly anything is left of in the sum
+
+    def layer(value: str, weights: Array, name: str) -> str:
+        return build.node("MatMul", value, build.constant(weights), name=name)
+
+    hidden = layer(x, one, "one")
+    total = build.node("Add", hidden, layer(x, three, "three"), name="first")
+    total = build.node("Add", total, layer(hidden, two, "two"), name="second")
+    model = build.model(layer(total, last, "last"))
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    data = {"x": random.uniform(-1.0, 1.0, (200, 12)).astype(np.float32)}
+    found = bitwright.choose_forms(
+        path, calibration=data, precision="w16a8", forms="a8", percentiles="97", samples=200
+    )
+    result = bitwright.quantize(path, calibration=data, plan=found.plan)
+    (expected,), (noisy,) = (run(entry, data["x"]) for entry in (model, result.model))
+    noise = float(np.square(noisy - expected).sum())
+    measured = 10 * np.log10(float(np.square(expected).sum()) / noise)
+    assert measured == pytest.approx(found.sqnr_db, abs=1.0)

@@ -398,7 +398,7 @@ def test_percentiles_of_other_tensors(tmp_path: Path) -> None:
     assert isinstance(refused(tmp_path, plan=with_plan(percentiles={"nothing": 99.0})), PlanError)
     error = refused(tmp_path, plan=with_plan(percentiles={"u": 99.0, "h1": 99.0}))
     assert isinstance(error, PlanError)
-    assert "'h1', which is not quantized" in str(error)
+    assert "'h1', which neither a layer nor a selective scan reads" in str(error)
 
 
 @pytest.mark.parametrize("percent", [0.0, -1.0, 100.5, float("nan")])
