@@ -996,7 +996,9 @@ def test_plan_with_missing_layers(bench: Bench, plan: dict[str, Any]) -> None:
         (f"w{'9' * 5000}a8", "'w999"),
         ("int8", "'int8' is not a precision"),
         ("", "'' is not a precision"),
-        ("w8a8se", "not a precision"),
+        ("w8a8sf", "not a precision"),
+        ("w8a16se", "no soft-edge with 16 bits"),
+        ("w8a8se4", "no soft-edge4 with 8 bits"),
     ],
 )
 def test_bits_that_do_not_exist(
