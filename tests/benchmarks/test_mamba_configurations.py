@@ -132,5 +132,8 @@ def test_artefacts_do_what_onnxruntime_does(
         path = quantized(FOUND[name], model, {"tokens": tokens})
         assert quantized(FOUND[name], model, {"tokens": tokens}) == path
         run = runner(path, "artefact")
-        # Codes on the edge of rounding differ: the scans between them are float32.
-        assert largest_difference(path, run, [tokens[0]]) < 0.1
+        standard = runner(path, "onnxruntime")(tokens[0])
+        # Codes on the edge of rounding differ, as the scans between them are float32, and a scan
+        # carries on what it read: what remains is little beside the noise of quantization.
+        noise = float(np.square(standard - expected).mean())
+        assert float(np.square(run(tokens[0]) - standard).mean()) < 0.25 * noise
