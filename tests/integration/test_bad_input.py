@@ -997,8 +997,6 @@ def test_plan_with_missing_layers(bench: Bench, plan: dict[str, Any]) -> None:
         ("int8", "'int8' is not a precision"),
         ("", "'' is not a precision"),
         ("w8a8sf", "not a precision"),
-        ("w8a16se", "no soft-edge with 16 bits"),
-        ("w8a8se4", "no soft-edge4 with 8 bits"),
     ],
 )
 def test_bits_that_do_not_exist(
@@ -1016,6 +1014,16 @@ def test_bits_that_do_not_exist(
         bench.words("plan", layer=f"conv1={precision}"),
     ):
         assert expected in bench.refuse(words)
+
+
+@pytest.mark.parametrize("precision, way_out", [("w8a16se", "a8se"), ("w8a8se4", "a4se4")])
+def test_formats_of_another_width(
+    bench: Bench, plan: dict[str, Any], precision: str, way_out: str
+) -> None:
+    plan["layers"]["conv1"] = precision
+    message = refuse_plan(bench, plan)
+    assert "layer 'conv1': there is no soft-edge" in message
+    assert f"write {way_out}:" in message
 
 
 @pytest.mark.parametrize("value", [8, None, 8.0, ["w8a8"], {"weight_bits": 8}, True])
