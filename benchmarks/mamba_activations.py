@@ -133,8 +133,15 @@ class Report:
         return result
 
     def best_single_step(self) -> str | None:
-        """The integers of one step for all activations that agree most with the float model."""
-        found = [name for name in self.measured if name.startswith("all/a8 ")]
+        """The integers of one step for all activations that agree most with the float model.
+
+        Quantized where layers and scans read them, dt included.
+        """
+        found = [
+            name
+            for name in self.measured
+            if name.startswith("all/a8 ") and not name.endswith(" pre-softplus")
+        ]
         return max(found, key=lambda name: self.measured[name].agree.sum(), default=None)
 
 
@@ -345,10 +352,14 @@ def main() -> None:
         best = report.best_single_step()
         rows = [report.row("float", None)]
         for configuration in arguments.only:
-            reference = configuration.reference
-            if configuration.name.startswith("all/") and configuration.name != best:
-                reference = best
-            rows.append(report.row(configuration.name, reference))
+            references = {configuration.reference}
+            if configuration.name.startswith("all/"):
+                same = configuration.reference if configuration.before_softplus else None
+                references = {same, best} - {None, configuration.name} or {None}
+            rows += [
+                report.row(configuration.name, reference)
+                for reference in sorted(references, key=lambda name: name != best)
+            ]
         print()
         print(show(rows))
         written["configurations"] = [to_json(row) for row in rows]

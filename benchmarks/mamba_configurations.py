@@ -55,6 +55,11 @@ class Configuration:
         Width of the weights.
     elementwise_bits
         Width of what elementwise operators read, where ``everywhere`` is given; 16 otherwise.
+    before_softplus
+        With ``everywhere``: whether what the softplus in front of dt reads is quantized instead of
+        dt.
+    choose
+        What :func:`bitwright.choose_forms` chooses from, in place of ``everywhere`` for all.
     """
 
     name: str
@@ -64,6 +69,8 @@ class Configuration:
     reference: str | None = None
     weight_bits: int = 8
     elementwise_bits: int = 8
+    before_softplus: bool = False
+    choose: Mapping[str, Any] | None = None
 
 
 def configurations() -> list[Configuration]:
@@ -116,6 +123,29 @@ def configurations() -> list[Configuration]:
             "all/a8+16 mmse", everywhere=integer, reference="all/a8 mmse", elementwise_bits=16
         )
     )
+    single = "all/a8 mmse asymmetric pre-softplus"
+    found.append(
+        Configuration(single, {"asymmetric": True}, everywhere=integer, before_softplus=True)
+    )
+    for form in ("a8", "a8se", "a8se8", "a8se6", "a4", "a4se4"):
+        found.append(
+            Configuration(
+                f"all/{form} mmse pre-softplus",
+                everywhere=Activation.parse(form),
+                reference=single,
+                before_softplus=True,
+            )
+        )
+    for placement in ("", " pre-softplus"):
+        found.append(
+            Configuration(
+                f"all/chosen{placement}",
+                everywhere=integer,
+                reference=f"all/a8 mmse asymmetric{placement}",
+                before_softplus=placement != "",
+                choose={"forms": "a8,a8se8", "percentiles": "99.9,99.99,100", "samples": 8},
+            )
+        )
     return sorted(found, key=lambda entry: (entry.name.split("/")[0], entry.reference or ""))
 
 
@@ -161,6 +191,9 @@ def plan_of(configuration: Configuration, model: Path) -> PrecisionPlan | None:
                 scan_inputs[str(value.name)] = x
             elif value is not None and everywhere is not None:
                 scan_inputs[str(value.name)] = everywhere
+        if configuration.before_softplus:
+            (before,) = (name for name, place in scan.places.items() if place[0] is not scan.node)
+            scan_inputs[before] = scan_inputs.pop(str(scan.value("dt").name))
     layers = dict.fromkeys(layer_nodes(loaded), precision)
     bits = 16 if everywhere is None else configuration.elementwise_bits
     return PrecisionPlan(layers, scan_inputs=scan_inputs, elementwise_bits=bits)
@@ -181,6 +214,15 @@ def quantized(configuration: Configuration, model: Path, calibration: Mapping[st
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{configuration.name.replace('/', '_').replace(' ', '_')}.onnx"
     if not path.is_file():
+        if configuration.choose is not None:
+            plan = bitwright.choose_forms(
+                model,
+                calibration=calibration,
+                plan=plan,
+                output=path.with_suffix(".json"),
+                overwrite=True,
+                **configuration.choose,
+            ).plan
         bitwright.quantize(
             model,
             calibration=calibration,
