@@ -512,7 +512,11 @@ def compile_(
         bool, typer.Option("--overwrite", help="Replace the artefact if it exists.")
     ] = False,
     keep_qdq: Annotated[
-        bool, typer.Option(help="Keep the quantized ONNX model, for bitwright run to compare.")
+        bool,
+        typer.Option(
+            help="Keep the quantized ONNX model, for bitwright run to compare (never with the pass "
+            "soft-edge, which computes otherwise)."
+        ),
     ] = True,
     dump_ir: Annotated[
         Path | None, _file_option(help="Folder for the module after each pass, as text.")

@@ -54,7 +54,8 @@ from bitwright.quant.observers import ClipMethod
 from bitwright.quant.quantizer import quantize_model
 from bitwright.quant.recipes import RecipeName
 from bitwright.quant.samples import ProgressCallback, Samples
-from bitwright.vocabulary import Precision, PrecisionPlan
+from bitwright.quant.selective_scan import selective_scans
+from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
 __all__ = [
     "Passes",
@@ -195,6 +196,7 @@ def compile(  # noqa: A001 - the command's name
         Whether an artefact at ``output`` is replaced.
     keep_qdq
         Whether the artefact keeps the quantized ONNX model, for :func:`bitwright.run` to compare.
+        With the pass ``soft-edge``, which computes otherwise, it does not.
     dump_ir
         A folder for the module after each pass, as text.
     recipe, clip, percentile, per_channel, asymmetric, rotation
@@ -261,6 +263,8 @@ def compile(  # noqa: A001 - the command's name
     costs = cost_document(sized, accelerator, complete)
     _check_compiler()
     pipeline = _pipeline(passes, target)
+    soft_edges = _soft_edges(loaded, pipeline)
+    accelerator.check({}, scan_inputs=soft_edges, where="--passes soft-edge")
 
     from bitwright.importer import check_operators, import_model
     from bitwright.passes.build import build
@@ -275,7 +279,11 @@ def compile(  # noqa: A001 - the command's name
         quantized = load(result.model)
         quantized.source = loaded.source  # for messages
         float_model = FloatModel(path=str(Path(model).absolute()), sha256=sha256(Path(model)))
-    complete = replace(complete, target=accelerator.name)
+    complete = replace(
+        complete,
+        target=accelerator.name,
+        scan_inputs={**complete.scan_inputs, **soft_edges},
+    )
     if input_shapes:
         quantized = quantized.with_input_shapes(input_shapes)
 
@@ -296,6 +304,11 @@ def compile(  # noqa: A001 - the command's name
             dump_ir=dumps,
             progress=step,
         )
+        if "soft-edge" in pipeline.options:  # it computes otherwise than the quantized model
+            keep_qdq = False
+            complete = _with_formats(complete, built.layers)
+            sized = load(model).with_input_shapes(input_shapes or {})
+            costs = cost_document(sized, accelerator, complete)
         manifest: dict[str, Any] = {
             "target": accelerator.name,
             "model": ModelEntry(
@@ -391,6 +404,27 @@ def _pipeline(passes: str, target: str | Path) -> Any:
     name = "partition-for-target"
     option = {"target": str(target), **pipeline.options[name]}
     return Pipeline({**pipeline.options, name: option})
+
+
+def _soft_edges(model: Model, pipeline: Any) -> dict[str, Activation]:
+    """What selective scans read in other codes than the model says, if a pass is to do that."""
+    if "soft-edge" not in pipeline.options:
+        return {}
+    from bitwright.passes.soft_edge_activations import SoftEdgeActivations
+
+    asked = SoftEdgeActivations(**pipeline.options["soft-edge"])
+    values = [scan.value(role) for scan in selective_scans(model.graph) for role in asked.tensors]
+    return {str(value.name): asked.layout.activation for value in values if value is not None}
+
+
+def _with_formats(plan: PrecisionPlan, layers: Iterable[Any]) -> PrecisionPlan:
+    """The plan with the soft-edge codes that layers were built for."""
+    found = dict(plan.layers)
+    for layer in layers:
+        if layer.activation_format != "int" and layer.name in found:
+            bits = found[layer.name].weight_bits
+            found[layer.name] = Precision(bits, layer.activation_bits, layer.activation_format)
+    return replace(plan, layers=found)
 
 
 class _Lazily(Mapping[str, Any]):

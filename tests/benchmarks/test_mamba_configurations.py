@@ -61,6 +61,12 @@ def test_forms_reach_the_tensors_they_are_for(model: Path) -> None:
     assert len(plan.scan_inputs) == 16
     assert set(plan.scan_inputs.values()) == {Activation.parse("a4se4")}
     assert {str(precision) for precision in plan.layers.values()} == {"w8a4se4"}
+    # What the softplus reads, behind the bias, instead of the time steps.
+    other = plan_of(FOUND["all/a4se4 mmse pre-softplus"], model)
+    assert other is not None
+    moved = set(plan.scan_inputs) ^ set(other.scan_inputs)
+    assert len(moved) == 8
+    assert len(other.scan_inputs) == 16
     # All activations have at most 8 bits, in all rows but one.
     wide = [
         name

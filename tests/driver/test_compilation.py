@@ -32,6 +32,9 @@ from bitwright.errors import (
 )
 from bitwright.quant.load import load
 from bitwright.quant.reference import Reference
+from bitwright.vocabulary import Activation
+from tests.quant.mamba import mamba
+from tests.quant.mamba import samples as mamba_samples
 
 Array = npt.NDArray[Any]
 
@@ -438,3 +441,37 @@ def test_plans_by_hand(tmp_path: Path, few: Path) -> None:
         MODEL, "silago/drra", plan=tmp_path / "plan.json", calibration=few, output=tmp_path / "out"
     )
     assert got.manifest.weight_bytes == sum(math.ceil(count / 2) for count in LAYERS.values())
+
+
+def test_what_the_soft_edge_pass_changes_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "mamba.onnx"
+    onnx.save(mamba(), path)
+    options: dict[str, Any] = {
+        "calibration": mamba_samples(),
+        "recipe": "quamba",
+        "target": "generic/systolic",
+        "input_shapes": {"x": [16, None]},
+    }
+    given = bitwright.compile(path, output=tmp_path / "int8", **options)
+    found = bitwright.compile(
+        path, output=tmp_path / "se", passes="soft-edge=tensors:x+y", **options
+    )
+    assert found.plan.scan_inputs == {**given.plan.scan_inputs, "u": Activation.parse("a8se")}
+    changed = {
+        name: str(precision)
+        for name, precision in found.plan.layers.items()
+        if precision != given.plan.layers[name]
+    }
+    assert changed == {"out_proj": "w8a8se"}
+    assert (given.qdq_model is not None, found.qdq_model) == (True, None)
+    costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("int8", "se")]
+    layers = [{entry["layer"]: entry for entry in cost["layers"]} for cost in costs]
+    assert {name for name in layers[0] if layers[0][name] != layers[1][name]} == {"out_proj"}
+    with pytest.raises(PlanError, match=r"cannot decode what selective scans read: u \(a8se\)"):
+        bitwright.compile(
+            path,
+            output=tmp_path / "other",
+            passes="soft-edge",
+            **{**options, "target": "silago/drra"},
+        )
+    assert not (tmp_path / "other").exists()
