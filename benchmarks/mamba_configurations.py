@@ -136,16 +136,14 @@ def configurations() -> list[Configuration]:
                 before_softplus=True,
             )
         )
-    for placement in ("", " pre-softplus"):
-        found.append(
-            Configuration(
-                f"all/chosen{placement}",
-                everywhere=integer,
-                reference=f"all/a8 mmse asymmetric{placement}",
-                before_softplus=placement != "",
-                choose={"forms": "a8,a8se8", "percentiles": "99.9,99.99,100", "samples": 8},
-            )
+    found.append(
+        Configuration(
+            "all/chosen",
+            everywhere=integer,
+            reference="all/a8 mmse asymmetric",
+            choose={"forms": "a8,a8se8", "percentiles": "99.9,99.99,100", "samples": 8},
         )
+    )
     return sorted(found, key=lambda entry: (entry.name.split("/")[0], entry.reference or ""))
 
 

@@ -37,8 +37,9 @@ def choose_forms(
     """Choose form and percentile of every activation that a layer or a selective scan reads.
 
     What counts is the signal-to-noise ratio at the outputs, against the float model: each tensor by
-    itself first, then all together; see :mod:`bitwright.quant.forms`. Layers in the bodies of loops
-    are not tried.
+    itself first, then all together; see :mod:`bitwright.quant.forms`. Of ``dt`` of a selective scan
+    and what the softplus in front of it reads the better one is quantized. Layers in the bodies of
+    loops are not tried.
 
     Parameters
     ----------
@@ -47,9 +48,7 @@ def choose_forms(
     calibration
         Real samples, as in :func:`bitwright.quantize`.
     precision, plan
-        As in :func:`bitwright.quantize`; the widths of weights are kept. Where the ``scan_inputs``
-        of the plan name what the softplus in front of time steps reads, that is tried in their
-        place.
+        As in :func:`bitwright.quantize`; the widths of weights are kept.
     output
         File to write the plan to, as JSON, for ``quantize --plan``.
     overwrite

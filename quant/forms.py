@@ -3,7 +3,9 @@
 The float model is cut behind every tensor that a layer or a selective scan reads. From cut to cut
 the values are at hand, so that a candidate for one tensor costs a run of the rest of the model
 alone. First each tensor is tried by itself, all others float; then all together take their best,
-and, in order of execution, each takes what is best with all others as they are at that time.
+and, in order of execution, each takes what is best with all others as they are at that time. Where
+time steps of a selective scan come out of a softplus, what that reads is tried as well; of the two,
+that is quantized which alone leaves less noise.
 
 Weights stay float, and so do operators between layers: both add the same to all candidates. Layers
 in the bodies of loops keep the form that the plan gives them.
@@ -150,9 +152,8 @@ def choose_tensor_forms(
     model
         A float model.
     plan
-        A plan that fits it: weight bits, and all else that is not chosen here. Where its
-        ``scan_inputs`` name what the softplus in front of time steps reads, that is tried in place
-        of the time steps; the forms there are chosen anew.
+        A plan that fits it: weight bits, and all else that is not chosen here. Its ``scan_inputs``
+        are chosen anew.
     samples
         Calibration data.
     forms, percentiles
@@ -182,12 +183,10 @@ def choose_tensor_forms(
             fix="give a model that ends in front of its ArgMax, TopK or Cast",
         )
     options = get_recipe(recipe).with_options(rotation=rotation)
-    reads = _reads(model, plan.scan_inputs)
-    scan_inputs = {
-        name: Activation(8)
-        for scan in selective_scans(model.graph)
-        for name in _scanned(scan, plan.scan_inputs)
-    }
+    reads = _reads(model)
+    scans = selective_scans(model.graph)
+    scan_inputs = {name: Activation(8) for scan in scans for name in scan.places}
+    behind = _behind_softplus(scans)
     found = calibrate_model(
         model,
         {name: [Precision(entry.weight_bits, 8)] for name, entry in plan.layers.items()},
@@ -203,7 +202,7 @@ def choose_tensor_forms(
     )
     keys = list(itertools.product(forms, percentiles))
     tensors = [
-        _tensor(name, value, uses, keys, found.observers, symmetric=options.symmetric)
+        _tensor(name, value, uses, behind.get(name, ()), keys, found.observers, options.symmetric)
         for name, value, uses in _standing(reads)
     ]
     search = _Search(_CutModel(found.model, tensors), _spread(samples, count), progress)
@@ -213,9 +212,10 @@ def choose_tensor_forms(
         tuple(
             TensorForms(tensor.name, tensor.readers, *key, alone)
             for tensor, key, alone in zip(search.tensors, chosen, search.alone, strict=True)
+            if key is not None
         ),
         search.together(chosen),
-        {key: search.together([key] * len(tensors)) for key in keys},
+        {key: search.together([key if own else None for own in chosen]) for key in keys},
         search.samples,
     )
 
@@ -223,11 +223,16 @@ def choose_tensor_forms(
 def _plan_of(
     plan: PrecisionPlan,
     tensors: Sequence[_Tensor],
-    chosen: Sequence[Candidate],
+    chosen: Sequence[Candidate | None],
     scanned: Container[str],
 ) -> PrecisionPlan:
-    layers, scan_inputs, percentiles = dict(plan.layers), {}, dict(plan.percentiles)
-    for tensor, (form, percent) in zip(tensors, chosen, strict=True):
+    layers, scan_inputs = dict(plan.layers), {}
+    known = {tensor.name for tensor in tensors}
+    percentiles = {name: share for name, share in plan.percentiles.items() if name not in known}
+    for tensor, key in zip(tensors, chosen, strict=True):
+        if key is None:
+            continue
+        form, percent = key
         percentiles[tensor.name] = percent
         if tensor.name in scanned:
             scan_inputs[tensor.name] = form
@@ -243,11 +248,20 @@ def _plan_of(
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor that is quantized where some nodes read it; ``tried`` are candidates worth it."""
+    """A tensor that is quantized where some nodes read it.
+
+    Attributes
+    ----------
+    instead_of
+        Names of tensors that are quantized otherwise.
+    candidates, tried
+        All, and those worth a run.
+    """
 
     name: str
     value: ir.Value
     uses: Sequence[tuple[ir.Node, int]]
+    instead_of: Sequence[str]
     candidates: Mapping[Candidate, _Quantizer]
     tried: Sequence[Candidate]
 
@@ -257,14 +271,15 @@ class _Tensor:
         return tuple(dict.fromkeys(str(node.name) for node, _ in self.uses))
 
 
-def _reads(model: Model, given: Container[str]) -> dict[str, list[tuple[ir.Node, int]]]:
+def _reads(model: Model) -> dict[str, list[tuple[ir.Node, int]]]:
     """Tensors of the main graph that layers and selective scans read, and where."""
     found: dict[str, list[tuple[ir.Node, int]]] = {}
     scans: dict[ir.Node, dict[int, str]] = {}
     for scan in selective_scans(model.graph):
-        for name, places in _scanned(scan, given).items():
-            for node, index in places:
-                scans.setdefault(node, {})[index] = name
+        for index, value in scan.tensors.items():
+            scans.setdefault(scan.node, {})[index] = str(value.name)
+        for name, (node, index) in scan.places.items():
+            scans.setdefault(node, {})[index] = name
     layers = set(layer_nodes(model).values())
     for node in model.graph:
         tensors = scans.get(node, {})
@@ -277,16 +292,18 @@ def _reads(model: Model, given: Container[str]) -> dict[str, list[tuple[ir.Node,
     return found
 
 
-def _scanned(scan: SelectiveScan, given: Container[str]) -> dict[str, list[tuple[ir.Node, int]]]:
-    """What is read for a selective scan, and where: before the softplus if a plan names that."""
-    found: dict[str, list[tuple[ir.Node, int]]] = {}
-    for index, value in scan.tensors.items():
-        found.setdefault(str(value.name), []).append((scan.node, index))
-    for name, (node, index) in scan.places.items():
+def _behind_softplus(scans: Sequence[SelectiveScan]) -> dict[str, list[str]]:
+    """What each softplus in front of time steps reads, and names of these."""
+    found: dict[str, list[str]] = {}
+    for scan in scans:
         steps = scan.value("dt")
-        if node is not scan.node and name in given and steps is not None:
-            del found[str(steps.name)]
-            found[name] = [(node, index)]
+        for name, (node, _) in scan.places.items():
+            if (
+                node is not scan.node
+                and steps is not None
+                and steps.name not in found.get(name, ())
+            ):
+                found.setdefault(name, []).append(str(steps.name))
     return found
 
 
@@ -308,9 +325,9 @@ def _tensor(
     name: str,
     value: ir.Value,
     uses: Sequence[tuple[ir.Node, int]],
+    instead_of: Sequence[str],
     keys: Sequence[Candidate],
     observers: Mapping[str, Observer],
-    *,
     symmetric: bool,
 ) -> _Tensor:
     observer = observers[str(value.name)]
@@ -328,7 +345,7 @@ def _tensor(
         if expected[key] >= best - _HOPELESS_DB
     }
     made = {key: _quantizer(entry) for key, entry in quantizations.items()}
-    return _Tensor(name, value, uses, made, list(different.values()))
+    return _Tensor(name, value, uses, instead_of, made, list(different.values()))
 
 
 def _quantizer(quantization: TensorQuantization) -> _Quantizer:
@@ -467,28 +484,41 @@ class _Search:
         self._done, self._total = 0, tried + finalists
         self.alone: list[dict[Candidate, float]] = []
 
-    def run(self) -> list[Candidate]:
-        """Choose for all tensors."""
+    def run(self) -> list[Candidate | None]:
+        """Choose for all tensors; None for those that others are quantized in place of."""
         keys = [tensor.tried for tensor in self.tensors]
         self.alone = self._sweep(keys, list(self._float))
         ranked = [sorted(entry, key=lambda key: -entry[key]) for entry in self.alone]
-        chosen = [entry[0] for entry in ranked]
+        for number in self._dropped([max(entry.values()) for entry in self.alone]):
+            self._total -= min(len(ranked[number]), _FINALISTS)
+            ranked[number] = []
+        chosen = [next(iter(entry), None) for entry in ranked]
         self._sweep([entry[:_FINALISTS] for entry in ranked], self._quantizers(chosen), chosen)
         return chosen
 
-    def together(self, chosen: Sequence[Candidate]) -> float:
-        """Signal-to-noise ratio, in dB, with all tensors quantized."""
+    def _dropped(self, best: Sequence[float]) -> set[int]:
+        """Of tensors that are alternatives, those with more noise; ``best`` is dB alone."""
+        found: set[int] = set()
+        for number, tensor in enumerate(self.tensors):
+            others = [n for n, other in enumerate(self.tensors) if other.name in tensor.instead_of]
+            noise = sum(10 ** (-best[other] / 10) for other in others)
+            if others:
+                found |= set(others) if 10 ** (-best[number] / 10) < noise else {number}
+        return found
+
+    def together(self, chosen: Sequence[Candidate | None]) -> float:
+        """Signal-to-noise ratio, in dB, with all tensors quantized that are to be."""
         return self._sqnr_db(0, self._start, self._quantizers(chosen))
 
-    def _quantizers(self, chosen: Sequence[Candidate]) -> list[_Quantizer | None]:
+    def _quantizers(self, chosen: Sequence[Candidate | None]) -> list[_Quantizer | None]:
         pairs = zip(self.tensors, chosen, strict=True)
-        return [tensor.candidates[key] for tensor, key in pairs]
+        return [None if key is None else tensor.candidates[key] for tensor, key in pairs]
 
     def _sweep(
         self,
         keys: Sequence[Sequence[Candidate]],
         current: list[_Quantizer | None],
-        chosen: list[Candidate] | None = None,
+        chosen: list[Candidate | None] | None = None,
     ) -> list[dict[Candidate, float]]:
         """Try candidates of each tensor, the others as they are; ``chosen`` takes the best."""
         results = []
@@ -503,9 +533,9 @@ class _Search:
                 if self._progress is not None:
                     self._progress(self._done, self._total)
             results.append(found)
-            if chosen is not None:
-                chosen[number] = max(found, key=lambda key: found[key])
-                current[number] = tensor.candidates[chosen[number]]
+            if chosen is not None and found:
+                best = max(found, key=lambda key: found[key])
+                chosen[number], current[number] = best, tensor.candidates[best]
             states = [
                 self._model.advance(
                     number + 1, self._model.quantized(number, values, current[number])

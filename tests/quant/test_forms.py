@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 import bitwright
 from bitwright.errors import ModelError, UsageError
@@ -15,7 +17,7 @@ from bitwright.quant import forms as module
 from bitwright.quant.forms import FormChoices
 from bitwright.quant.observers import Observer
 from bitwright.quant.soft_edge import choose_activation
-from bitwright.vocabulary import Activation, Precision, PrecisionPlan
+from bitwright.vocabulary import Activation, PrecisionPlan
 from tests.quant.mamba import mamba, samples
 from tests.quant.qdq import Array, Builder, quantize
 from tests.quant.test_recipes import error_db, run
@@ -159,20 +161,41 @@ def test_a_model_without_a_float_output(tmp_path: Path) -> None:
     assert "ArgMax" in str(caught.value)
 
 
-def test_what_the_softplus_reads_is_tried_where_the_plan_names_it(path: Path) -> None:
-    layers = dict.fromkeys(("in_proj", "conv", "x_proj", "dt_proj", "out_proj"), Precision(8, 8))
-    plan = PrecisionPlan(layers, scan_inputs={"db": Activation(16)})
+@pytest.mark.parametrize("bias", [0.0, -6.0])
+def test_one_of_dt_and_what_its_softplus_reads_is_quantized(tmp_path: Path, bias: float) -> None:
+    """Small time steps, of which the state depends on the logarithm, want the latter."""
+    model = mamba(both_ways=True)
+    (shift,) = (entry for entry in model.graph.initializer if entry.name == "b_dt")
+    shifted = numpy_helper.to_array(shift) + np.float32(bias)
+    shift.CopyFrom(numpy_helper.from_array(shifted, "b_dt"))
+    path = tmp_path / "mamba.onnx"
+    onnx.save(model, path)
     data = samples()
     found = bitwright.choose_forms(
-        path, calibration=data, plan=plan, recipe="quamba", forms="a8", percentiles="100",
+        path, calibration=data, recipe="quamba", forms="a8", percentiles="100",
         samples=len(data["x"]),
     )  # fmt: skip
-    assert found.plan.scan_inputs == dict.fromkeys(("u", "B", "C", "db"), Activation(8))
-    assert "dt" not in found.plan.percentiles
-    result = bitwright.quantize(path, calibration=data, recipe="quamba", plan=found.plan)
-    assert result.plan.scan_inputs == found.plan.scan_inputs
-    measured = error_db(result.model, mamba(both_ways=True), 0)
-    assert measured == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits
+    names = {"dt", "db"} & set(found.plan.scan_inputs)
+    assert len(names) == 1
+    assert found.plan.scan_inputs == dict.fromkeys(("u", "B", "C", *names), Activation(8))
+    assert {"dt", "db"} & set(found.plan.percentiles) == names
+    assert {entry.name for entry in found.tensors} >= names
+    # The other one, quantized in its place, gives no better result.
+    (name,) = names
+    other = {"dt": "db", "db": "dt"}[name]
+    swapped = replace(
+        found.plan,
+        scan_inputs={other if n == name else n: f for n, f in found.plan.scan_inputs.items()},
+        percentiles={other if n == name else n: p for n, p in found.plan.percentiles.items()},
+    )
+    results = [
+        error_db(
+            bitwright.quantize(path, calibration=data, recipe="quamba", plan=plan).model, model, 0
+        )
+        for plan in (found.plan, swapped)
+    ]
+    assert results[0] == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits
+    assert results[0] > results[1] - 0.5
 
 
 def test_a_residual_addition_is_not_cut(tmp_path: Path) -> None:
