@@ -191,7 +191,9 @@ def plan_of(configuration: Configuration, model: Path) -> PrecisionPlan | None:
                 scan_inputs[str(value.name)] = everywhere
         if configuration.before_softplus:
             (before,) = (name for name, place in scan.places.items() if place[0] is not scan.node)
-            scan_inputs[before] = scan_inputs.pop(str(scan.value("dt").name))
+            steps = scan.value("dt")
+            assert steps is not None
+            scan_inputs[before] = scan_inputs.pop(str(steps.name))
     layers = dict.fromkeys(layer_nodes(loaded), precision)
     bits = 16 if everywhere is None else configuration.elementwise_bits
     return PrecisionPlan(layers, scan_inputs=scan_inputs, elementwise_bits=bits)
