@@ -14,7 +14,7 @@ import pytest
 
 import bitwright
 from benchmarks import mamba_configurations as module
-from benchmarks.mamba_activations import activation_row, heavy_tailed
+from benchmarks.mamba_activations import activation_row, broken_activations, gain, heavy_tailed
 from benchmarks.mamba_configurations import (
     Configuration,
     chosen,
@@ -122,8 +122,12 @@ def test_engines_are_compared_on_short_windows(
 def test_calibrated_segments_are_better_on_heavy_tails() -> None:
     for name, values in heavy_tailed().items():
         row = activation_row(name, *np.split(values, 2))
-        single = max(value for key, value in row.items() if key.startswith("a8 "))
-        assert row["a8se8"] > single + 3, name
+        assert gain(row, "a8se8") > 3, name
+        assert not broken_activations([row])
+        (found,) = broken_activations(
+            [{**row, "activations": "synthetic", "a8se8": row["a8se"] - 12}]
+        )
+        assert found.startswith("synthetic")
 
 
 @pytest.mark.slow
