@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import bitwright
 import bitwright.quant
 from benchmarks.models import cache_folder
-from bitwright import planning, quantization, soft_edge, vocabulary
+from bitwright import choosing, planning, quantization, soft_edge, vocabulary
 from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import load
 from bitwright.quant.selective_scan import ROLES, selective_scans
@@ -56,8 +56,7 @@ class Configuration:
     elementwise_bits
         Width of what elementwise operators read, where ``everywhere`` is given; 16 otherwise.
     before_softplus
-        With ``everywhere``: whether what the softplus in front of dt reads is quantized instead of
-        dt.
+        Whether what the softplus in front of dt reads is quantized instead of dt.
     choose
         What :func:`bitwright.choose_forms` chooses from, in place of ``everywhere`` for all.
     """
@@ -84,6 +83,20 @@ def configurations() -> list[Configuration]:
         for form in ("a8se", "a8se8"):
             x = Activation.parse(form)
             found.append(Configuration(f"{name} x {form}", options, x=x, reference=name))
+    for percent in (99.0, 99.9, 100.0):
+        options = {"recipe": "quamba", "percentile": percent}
+        name = f"scan/quamba {percent:g} pre-softplus"
+        found.append(Configuration(name, options, before_softplus=True))
+        for form in ("a8se", "a8se8"):
+            found.append(
+                Configuration(
+                    f"{name} x {form}",
+                    options,
+                    x=Activation.parse(form),
+                    reference=name,
+                    before_softplus=True,
+                )
+            )
     for form in ("a4", "a8se6", "a4se4"):
         found.append(
             Configuration(
@@ -176,7 +189,7 @@ def _percentile(percent: float) -> dict[str, Any]:
 def plan_of(configuration: Configuration, model: Path) -> PrecisionPlan | None:
     """Write the precision plan of a configuration; None where the recipe says all."""
     everywhere, x = configuration.everywhere, configuration.x
-    if everywhere is None and x is None:
+    if everywhere is None and x is None and not configuration.before_softplus:
         return None
     loaded = load(model)
     form = everywhere or Activation(8)
@@ -193,7 +206,8 @@ def plan_of(configuration: Configuration, model: Path) -> PrecisionPlan | None:
             (before,) = (name for name, place in scan.places.items() if place[0] is not scan.node)
             steps = scan.value("dt")
             assert steps is not None
-            scan_inputs[before] = scan_inputs.pop(str(steps.name))
+            scan_inputs.pop(str(steps.name), None)
+            scan_inputs[before] = form
     layers = dict.fromkeys(layer_nodes(loaded), precision)
     bits = 16 if everywhere is None else configuration.elementwise_bits
     return PrecisionPlan(layers, scan_inputs=scan_inputs, elementwise_bits=bits)
@@ -207,7 +221,7 @@ def quantized(configuration: Configuration, model: Path, calibration: Mapping[st
     for array in calibration.values():
         code.update(array.tobytes())
     quantizer = sorted(Path(bitwright.quant.__file__).parent.glob("*.py"))
-    modules = (planning, quantization, soft_edge, vocabulary)
+    modules = (choosing, planning, quantization, soft_edge, vocabulary)
     for source in (*quantizer, *(Path(str(module.__file__)) for module in modules)):
         code.update(source.read_bytes())
     folder = cache_folder() / "mamba_activations" / code.hexdigest()[:12]

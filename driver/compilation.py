@@ -263,8 +263,7 @@ def compile(  # noqa: A001 - the command's name
     costs = cost_document(sized, accelerator, complete)
     _check_compiler()
     pipeline = _pipeline(passes, target)
-    soft_edges = _soft_edges(loaded, pipeline)
-    accelerator.check({}, scan_inputs=soft_edges, where="--passes soft-edge")
+    soft_edges = _soft_edges(loaded, complete, pipeline, accelerator)
 
     from bitwright.importer import check_operators, import_model
     from bitwright.passes.build import build
@@ -304,9 +303,9 @@ def compile(  # noqa: A001 - the command's name
             dump_ir=dumps,
             progress=step,
         )
-        if "soft-edge" in pipeline.options:  # it computes otherwise than the quantized model
-            keep_qdq = False
-            complete = _with_formats(complete, built.layers)
+        built_plan = _with_formats(complete, built.layers)
+        if soft_edges or built_plan != complete:  # it computes otherwise than the quantized model
+            complete, keep_qdq = built_plan, False
             sized = load(model).with_input_shapes(input_shapes or {})
             costs = cost_document(sized, accelerator, complete)
         manifest: dict[str, Any] = {
@@ -406,15 +405,28 @@ def _pipeline(passes: str, target: str | Path) -> Any:
     return Pipeline({**pipeline.options, name: option})
 
 
-def _soft_edges(model: Model, pipeline: Any) -> dict[str, Activation]:
-    """What selective scans read in other codes than the model says, if a pass is to do that."""
+def _soft_edges(
+    model: Model, plan: PrecisionPlan, pipeline: Any, accelerator: targets.Accelerator
+) -> dict[str, Activation]:
+    """What selective scans read in other codes than the plan says, if a pass is to do that."""
     if "soft-edge" not in pipeline.options:
         return {}
     from bitwright.passes.soft_edge_activations import SoftEdgeActivations
 
     asked = SoftEdgeActivations(**pipeline.options["soft-edge"])
+    form = asked.layout.activation
     values = [scan.value(role) for scan in selective_scans(model.graph) for role in asked.tensors]
-    return {str(value.name): asked.layout.activation for value in values if value is not None}
+    names = [str(value.name) for value in values if value is not None]
+    # A recipe adds integers to the plan later; what has soft edge already stays as it is.
+    integers = [n for n in names if plan.scan_inputs.get(n, Activation(8)).format == "int"]
+    if integers and form.format not in accelerator.precisions.activation_formats:
+        forms = ", ".join(map(str, accelerator.precisions.soft_edge)) or "no soft-edge activations"
+        raise UsageError(
+            f"{accelerator.name} decodes {forms}, and the pass makes {form}",
+            where="--passes soft-edge",
+            fix="leave it out, or choose another target or layout",
+        )
+    return dict.fromkeys(integers, form)
 
 
 def _with_formats(plan: PrecisionPlan, layers: Iterable[Any]) -> PrecisionPlan:

@@ -650,7 +650,7 @@ def _source(model: Path) -> tuple[Path, RequantizationForm, str | None]:
         raise ArtifactError(
             "keeps no quantized ONNX model, whose operands could be counted",
             where=str(model),
-            fix="name that model, or compile again with --keep-qdq",
+            fix="name that model, or compile again with --keep-qdq and without the pass soft-edge",
         )
     return model / QDQ_MODEL, manifest.requantization, manifest.target
 

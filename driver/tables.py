@@ -207,12 +207,16 @@ def print_forms(result: FormChoices) -> None:
         "Forms of activations", ["tensor", "read by", "form"], ["percentile", "alone", "worst"]
     )
     for entry in result.tensors:
+        chosen, percent, alone = "float", "-", max(entry.alone_db.values())  # another one is coded
+        if entry.form is not None and entry.percentile is not None:
+            chosen, percent = str(entry.form), f"{entry.percentile:g} %"
+            alone = entry.alone_db[entry.form, entry.percentile]
         table.add_row(
             escape(entry.name),
             escape(", ".join(entry.readers)),
-            str(entry.form),
-            f"{entry.percentile:g} %",
-            f"{entry.alone_db[entry.form, entry.percentile]:.1f} dB",
+            chosen,
+            percent,
+            f"{alone:.1f} dB",
             f"{min(entry.alone_db.values()):.1f} dB",
         )
     console.print(table)

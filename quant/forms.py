@@ -4,8 +4,8 @@ The float model is cut behind every tensor that a layer or a selective scan read
 the values are at hand, so that a candidate for one tensor costs a run of the rest of the model
 alone. First each tensor is tried by itself, all others float; then all together take their best,
 and, in order of execution, each takes what is best with all others as they are at that time. Where
-time steps of a selective scan come out of a softplus, what that reads is tried as well; of the two,
-that is quantized which alone leaves less noise.
+time steps of a selective scan come out of a softplus, and no layer reads either, what that softplus
+reads is tried as well; of the two, that is quantized which alone leaves less noise.
 
 Weights stay float, and so do operators between layers: both add the same to all candidates. Layers
 in the bodies of loops keep the form that the plan gives them.
@@ -29,7 +29,7 @@ import onnxruntime as ort
 from bitwright.errors import ModelError, UsageError, first_line
 from bitwright.quant.blocked import values_read
 from bitwright.quant.float_ops import Array, make_session
-from bitwright.quant.graph import weight_input
+from bitwright.quant.graph import constant, weight_input
 from bitwright.quant.layers import layer_nodes
 from bitwright.quant.load import Model
 from bitwright.quant.observers import Observer, TensorQuantization, expected_sqnr_db
@@ -37,7 +37,7 @@ from bitwright.quant.placement import Placement
 from bitwright.quant.quantizer import calibrate_model
 from bitwright.quant.recipes import RecipeName, get_recipe
 from bitwright.quant.samples import Batch, ProgressCallback, Samples
-from bitwright.quant.selective_scan import SelectiveScan, selective_scans
+from bitwright.quant.selective_scan import selective_scans
 from bitwright.quant.soft_edge import choose_activation
 from bitwright.vocabulary import Activation, Precision, PrecisionPlan
 
@@ -70,7 +70,7 @@ class TensorForms:
     readers
         Layers and selective scans that read it.
     form, percentile
-        What was chosen.
+        What was chosen; None where another tensor is quantized in place of this one.
     alone_db
         Candidates that were tried, to the signal-to-noise ratio at the outputs, in dB, with this
         tensor alone quantized.
@@ -78,8 +78,8 @@ class TensorForms:
 
     name: str
     readers: tuple[str, ...]
-    form: Activation
-    percentile: float
+    form: Activation | None
+    percentile: float | None
     alone_db: Mapping[Candidate, float]
 
 
@@ -124,7 +124,7 @@ class FormChoices:
                 {
                     "name": entry.name,
                     "readers": list(entry.readers),
-                    "form": str(entry.form),
+                    "form": None if entry.form is None else str(entry.form),
                     "percentile": entry.percentile,
                     "alone": table(entry.alone_db),
                 }
@@ -183,10 +183,12 @@ def choose_tensor_forms(
             fix="give a model that ends in front of its ArgMax, TopK or Cast",
         )
     options = get_recipe(recipe).with_options(rotation=rotation)
-    reads = _reads(model)
-    scans = selective_scans(model.graph)
-    scan_inputs = {name: Activation(8) for scan in scans for name in scan.places}
-    behind = _behind_softplus(scans)
+    read_by_layers, read_by_scans, behind = _reads(model)
+    reads = {
+        name: [*read_by_layers.get(name, ()), *read_by_scans.get(name, ())]
+        for name in {**read_by_layers, **read_by_scans}
+    }
+    scan_inputs = dict.fromkeys(read_by_scans, Activation(8))
     found = calibrate_model(
         model,
         {name: [Precision(entry.weight_bits, 8)] for name, entry in plan.layers.items()},
@@ -210,9 +212,8 @@ def choose_tensor_forms(
     return FormChoices(
         _plan_of(plan, search.tensors, chosen, scan_inputs),
         tuple(
-            TensorForms(tensor.name, tensor.readers, *key, alone)
+            TensorForms(tensor.name, tensor.readers, *(key or (None, None)), alone)
             for tensor, key, alone in zip(search.tensors, chosen, search.alone, strict=True)
-            if key is not None
         ),
         search.together(chosen),
         {key: search.together([key if own else None for own in chosen]) for key in keys},
@@ -271,40 +272,40 @@ class _Tensor:
         return tuple(dict.fromkeys(str(node.name) for node, _ in self.uses))
 
 
-def _reads(model: Model) -> dict[str, list[tuple[ir.Node, int]]]:
-    """Tensors of the main graph that layers and selective scans read, and where."""
-    found: dict[str, list[tuple[ir.Node, int]]] = {}
-    scans: dict[ir.Node, dict[int, str]] = {}
+_Uses: TypeAlias = dict[str, list[tuple[ir.Node, int]]]
+
+
+def _reads(model: Model) -> tuple[_Uses, _Uses, dict[str, list[str]]]:
+    """Tensors of the main graph that layers read, and selective scans.
+
+    The last of the three is, for what a softplus in front of time steps reads, the names of these.
+    """
+    layers: _Uses = {}
+    for node in layer_nodes(model).values():
+        weights = weight_input(node)
+        if weights is not None and node.graph is model.graph:
+            layers.setdefault(str(Placement.layer_input(node).name), []).append((node, 1 - weights))
+    scans: _Uses = {}
+    behind: dict[str, list[str]] = {}
+    softplus: dict[str, tuple[ir.Node, int]] = {}
     for scan in selective_scans(model.graph):
         for index, value in scan.tensors.items():
-            scans.setdefault(scan.node, {})[index] = str(value.name)
-        for name, (node, index) in scan.places.items():
-            scans.setdefault(node, {})[index] = name
-    layers = set(layer_nodes(model).values())
-    for node in model.graph:
-        tensors = scans.get(node, {})
-        if node in layers:
-            weights = weight_input(node)
-            assert weights is not None
-            tensors = {1 - weights: str(Placement.layer_input(node).name)}
-        for index, name in tensors.items():
-            found.setdefault(name, []).append((node, index))
-    return found
-
-
-def _behind_softplus(scans: Sequence[SelectiveScan]) -> dict[str, list[str]]:
-    """What each softplus in front of time steps reads, and names of these."""
-    found: dict[str, list[str]] = {}
-    for scan in scans:
+            if constant(value) is None:
+                scans.setdefault(str(value.name), []).append((scan.node, index))
         steps = scan.value("dt")
-        for name, (node, _) in scan.places.items():
-            if (
-                node is not scan.node
-                and steps is not None
-                and steps.name not in found.get(name, ())
-            ):
-                found.setdefault(name, []).append(str(steps.name))
-    return found
+        for name, (node, index) in scan.places.items():
+            if node is not scan.node and steps is not None:
+                softplus[name] = (node, index)
+                behind.setdefault(name, []).append(str(steps.name))
+    for name, (node, index) in softplus.items():
+        # A layer that reads one of them quantizes it anyhow.
+        if constant(node.inputs[index]) is not None or not layers.keys().isdisjoint(
+            {name, *behind[name]}
+        ):
+            del behind[name]
+        else:
+            scans.setdefault(name, []).append((node, index))
+    return layers, scans, behind
 
 
 def _standing(

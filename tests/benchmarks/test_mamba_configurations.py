@@ -55,13 +55,16 @@ def test_forms_reach_the_tensors_they_are_for(model: Path) -> None:
     assert plan.scan_inputs == {f"layer{n}.u": Activation.parse("a8se8") for n in range(4)}
     assert {str(precision) for precision in plan.layers.values()} == {"w8a8"}
     assert len(plan.layers) == 4 * 5 + 1  # and the projection to the vocabulary
+    plan = plan_of(FOUND["scan/quamba 99.9 pre-softplus"], model)
+    assert plan is not None
+    # What the softplus reads, behind the bias, instead of the time steps.
+    assert plan.scan_inputs == {f"layer{n}.dt_biased": Activation(8) for n in range(4)}
     plan = plan_of(FOUND["all/a4se4 mmse"], model)
     assert plan is not None
     # dt, x, B and C of four scans.
     assert len(plan.scan_inputs) == 16
     assert set(plan.scan_inputs.values()) == {Activation.parse("a4se4")}
     assert {str(precision) for precision in plan.layers.values()} == {"w8a4se4"}
-    # What the softplus reads, behind the bias, instead of the time steps.
     other = plan_of(FOUND["all/a4se4 mmse pre-softplus"], model)
     assert other is not None
     moved = set(plan.scan_inputs) ^ set(other.scan_inputs)

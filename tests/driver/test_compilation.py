@@ -467,7 +467,7 @@ def test_what_the_soft_edge_pass_changes_is_said(tmp_path: Path) -> None:
     costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("int8", "se")]
     layers = [{entry["layer"]: entry for entry in cost["layers"]} for cost in costs]
     assert {name for name in layers[0] if layers[0][name] != layers[1][name]} == {"out_proj"}
-    with pytest.raises(PlanError, match=r"cannot decode what selective scans read: u \(a8se\)"):
+    with pytest.raises(UsageError, match=r"silago/drra decodes no soft-edge .* makes a8se"):
         bitwright.compile(
             path,
             output=tmp_path / "other",
@@ -475,3 +475,12 @@ def test_what_the_soft_edge_pass_changes_is_said(tmp_path: Path) -> None:
             **{**options, "target": "silago/drra"},
         )
     assert not (tmp_path / "other").exists()
+    # What has soft edge already stays as it is, and so do plan and QDQ model.
+    plan = replace(
+        given.plan, scan_inputs={**given.plan.scan_inputs, "u": Activation.parse("a8se8")}
+    )
+    same = bitwright.compile(
+        path, output=tmp_path / "same", passes="soft-edge", plan=plan, **options
+    )
+    assert same.plan.scan_inputs["u"] == Activation.parse("a8se8")
+    assert same.qdq_model is not None

@@ -20,4 +20,19 @@ UNSIGNED = SoftEdge(
 )
 """Four bits a value; a first segment that is coarse."""
 
-LAYOUTS = {"quamba-se": QUAMBA_SE, "asymmetric": ASYMMETRIC, "unsigned": UNSIGNED}
+UNEQUAL = SoftEdge.parse("int16:0:10@0<<0<=9,5@10<<2:10@0<<0<=9,5@10<<3")
+"""Nothing beyond the last values of segments, and another end on either side."""
+
+MIRRORED = SoftEdge.parse(
+    "int8:0:10@0<<0<=9,5@10<<0<=14,3@16<<2<=24.5,3@30<<4"
+    ":10@0<<0<=9,5@10<<0<=14,3@16<<2<=24.5,3@30<<4"
+)
+"""Equal on both sides, with a segment that goes on as the one before, and a gap."""
+
+LAYOUTS = {
+    "quamba-se": QUAMBA_SE,
+    "asymmetric": ASYMMETRIC,
+    "unsigned": UNSIGNED,
+    "unequal": UNEQUAL,
+    "mirrored": MIRRORED,
+}

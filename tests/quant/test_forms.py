@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,6 +51,7 @@ def test_every_tensor_that_is_read_quantized(found: FormChoices) -> None:
         "B": ("loop", "back"),
         "C": ("loop", "back"),
         "dt": ("loop", "back"),
+        "db": ("Softplus_dt",),
         "yg": ("out_proj",),
     }
     assert found.samples == 6
@@ -58,13 +61,16 @@ def test_each_has_what_is_best_for_some(found: FormChoices) -> None:
     """Together they are no worse than any single choice for all."""
     assert found.sqnr_db >= max(found.uniform_db.values())
     for entry in found.tensors:
+        if entry.form is None:  # dt is quantized, or what its softplus reads
+            assert entry.name in ("dt", "db")
+            continue
         assert (entry.form, entry.percentile) in entry.alone_db
         # All others quantized too, there is more noise.
         assert max(entry.alone_db.values()) > found.sqnr_db
 
 
 def test_the_plan_is_what_was_chosen(found: FormChoices, path: Path) -> None:
-    chosen = {entry.name: entry for entry in found.tensors}
+    chosen = {entry.name: entry for entry in found.tensors if entry.form is not None}
     plan = PrecisionPlan.from_json(found.plan.to_json())
     assert plan.percentiles == {name: entry.percentile for name, entry in chosen.items()}
     assert plan.scan_inputs == {name: chosen[name].form for name in ("u", "dt", "B", "C")}
@@ -161,32 +167,46 @@ def test_a_model_without_a_float_output(tmp_path: Path) -> None:
     assert "ArgMax" in str(caught.value)
 
 
-@pytest.mark.parametrize("bias", [0.0, -6.0])
-def test_one_of_dt_and_what_its_softplus_reads_is_quantized(tmp_path: Path, bias: float) -> None:
-    """Small time steps, of which the state depends on the logarithm, want the latter."""
-    model = mamba(both_ways=True)
-    (shift,) = (entry for entry in model.graph.initializer if entry.name == "b_dt")
-    shifted = numpy_helper.to_array(shift) + np.float32(bias)
-    shift.CopyFrom(numpy_helper.from_array(shifted, "b_dt"))
-    path = tmp_path / "mamba.onnx"
+def with_dt_bias(model: onnx.ModelProto, bias: Array) -> onnx.ModelProto:
+    (old,) = (entry for entry in model.graph.initializer if entry.name == "b_dt")
+    old.CopyFrom(numpy_helper.from_array(bias.astype(np.float32), "b_dt"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "bias, better",
+    [
+        # Time steps from 1e-4 to 1: one step for all is coarser than most of them.
+        (np.linspace(-9.0, 0.5, 8), "db"),
+        # Far below 0 a softplus is 0, but what it reads there takes the range.
+        (np.array([-900.0, 0.3, 0.1, -0.2, -700.0, 0.0, 0.4, -0.1]), "dt"),
+    ],
+)
+def test_one_of_dt_and_what_its_softplus_reads_is_quantized(
+    tmp_path: Path, bias: Array, better: str
+) -> None:
+    path, data = tmp_path / "mamba.onnx", samples()
+    model = with_dt_bias(mamba(both_ways=True), bias)
     onnx.save(model, path)
-    data = samples()
     found = bitwright.choose_forms(
         path, calibration=data, recipe="quamba", forms="a8", percentiles="100",
         samples=len(data["x"]),
     )  # fmt: skip
-    names = {"dt", "db"} & set(found.plan.scan_inputs)
-    assert len(names) == 1
-    assert found.plan.scan_inputs == dict.fromkeys(("u", "B", "C", *names), Activation(8))
-    assert {"dt", "db"} & set(found.plan.percentiles) == names
-    assert {entry.name for entry in found.tensors} >= names
-    # The other one, quantized in its place, gives no better result.
-    (name,) = names
-    other = {"dt": "db", "db": "dt"}[name]
+    other = {"dt": "db", "db": "dt"}[better]
+    assert found.plan.scan_inputs == dict.fromkeys(("u", "B", "C", better), Activation(8))
+    assert {"dt", "db"} & set(found.plan.percentiles) == {better}
+    tensors = {entry.name: entry for entry in found.tensors}
+    assert (tensors[other].form, tensors[other].percentile) == (None, None)
+    alone = {name: max(tensors[name].alone_db.values()) for name in (better, other)}
+    assert alone[better] > alone[other] + 1.0
+
+    def swap(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {other if name == better else name: entry for name, entry in entries.items()}
+
     swapped = replace(
         found.plan,
-        scan_inputs={other if n == name else n: f for n, f in found.plan.scan_inputs.items()},
-        percentiles={other if n == name else n: p for n, p in found.plan.percentiles.items()},
+        scan_inputs=swap(found.plan.scan_inputs),
+        percentiles=swap(found.plan.percentiles),
     )
     results = [
         error_db(
@@ -195,7 +215,39 @@ def test_one_of_dt_and_what_its_softplus_reads_is_quantized(tmp_path: Path, bias
         for plan in (found.plan, swapped)
     ]
     assert results[0] == pytest.approx(found.sqnr_db, abs=2.0)  # weights have 8 bits
-    assert results[0] > results[1] - 0.5
+    assert results[0] > results[1]
+
+
+@pytest.mark.parametrize("name", ["db", "dt"])
+def test_time_steps_that_are_constant_and_others_that_layers_read(
+    tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "mamba.onnx"
+    model = mamba()
+    steps = np.random.default_rng(0).normal(-1.0, 1.0, (20, 8)).astype(np.float32)
+    del_names = {"db"} if name == "db" else {"db", "dt"}
+    kept = [node for node in model.graph.node if node.output[0] not in {"dm", *del_names}]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.graph.initializer.append(numpy_helper.from_array(np.logaddexp(0, steps), name))
+    onnx.save(model, path)
+    found = bitwright.choose_forms(
+        path, calibration=samples(), recipe="quamba", forms="a8", percentiles="100", samples=2
+    )
+    assert {"u", "B", "C"} <= set(found.plan.scan_inputs) <= {"u", "B", "C", "dt"}
+    assert name not in {entry.name for entry in found.tensors}
+
+    read = mamba()
+    read.graph.initializer.append(numpy_helper.from_array(np.eye(8, dtype=np.float32), "more_w"))
+    read.graph.node.append(onnx.helper.make_node("MatMul", [name, "more_w"], ["more"], "more"))
+    read.graph.output.append(onnx.ValueInfoProto(name="more"))
+    onnx.save(onnx.shape_inference.infer_shapes(read), path)
+    found = bitwright.choose_forms(
+        path, calibration=samples(), recipe="quamba", forms="a8se8", percentiles="99.9", samples=2
+    )
+    assert str(found.plan.layers["more"]) == "w8a8se8"
+    assert found.plan.percentiles[name] == 99.9
+    assert set(found.plan.scan_inputs) == {"u", "B", "C", "dt"}
 
 
 def test_a_residual_addition_is_not_cut(tmp_path: Path) -> None:
