@@ -127,7 +127,7 @@ class SoftEdge:
             for a, b in pairwise(side):
                 if a.limit is None or not a.last <= a.limit <= b.first or b.last <= a.last:
                     _refuse(self, f"segment {b} does not continue {a}")
-                if a.limit * 2 % 1:
+                if a.limit is not None and a.limit * 2 % 1:
                     _refuse(self, f"the limit of segment {a} is no whole number of half steps")
                 if a.limit == b.first != a.last:
                     _refuse(self, f"segment {a} takes the first value of {b}")

@@ -207,15 +207,15 @@ def print_forms(result: FormChoices) -> None:
         "Forms of activations", ["tensor", "read by", "form"], ["percentile", "alone", "worst"]
     )
     for entry in result.tensors:
-        chosen, percent, alone = "float", "-", max(entry.alone_db.values())  # another one is coded
+        chosen, share, alone = "float", "-", max(entry.alone_db.values())  # another one is coded
         if entry.form is not None and entry.percentile is not None:
-            chosen, percent = str(entry.form), f"{entry.percentile:g} %"
+            chosen, share = str(entry.form), f"{entry.percentile:g} %"
             alone = entry.alone_db[entry.form, entry.percentile]
         table.add_row(
             escape(entry.name),
             escape(", ".join(entry.readers)),
             chosen,
-            percent,
+            share,
             f"{alone:.1f} dB",
             f"{min(entry.alone_db.values()):.1f} dB",
         )

@@ -212,7 +212,13 @@ def choose_tensor_forms(
     return FormChoices(
         _plan_of(plan, search.tensors, chosen, scan_inputs),
         tuple(
-            TensorForms(tensor.name, tensor.readers, *(key or (None, None)), alone)
+            TensorForms(
+                tensor.name,
+                tensor.readers,
+                None if key is None else key[0],
+                None if key is None else key[1],
+                alone,
+            )
             for tensor, key, alone in zip(search.tensors, chosen, search.alone, strict=True)
         ),
         search.together(chosen),
