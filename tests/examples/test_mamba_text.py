@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 
 import bitwright
+from benchmarks.bootstrap import Estimate
 from examples.mamba_text import measure, network, tasks
 from examples.mamba_text.text import START, Tokenizer, chapters, split
 
@@ -256,3 +257,25 @@ def test_options_that_choose_nothing(
         measure.main()
     assert caught.value.code == 2
     assert words[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, reference, holds, breaks",
+    [
+        ("scan/quamba 100 x a8se8", "float", 0.99, 1.0),
+        ("scan/quamba 100 x a8se", "scan/quamba 100", 0.09, 0.11),
+        ("scan/quamba 99.9 pre-softplus x a8se", "scan/...", -0.11, -0.09),
+        ("scan/quamba 99 x a8se8", "scan/quamba 99", -0.11, -0.09),
+        ("scan/quamba 99 x a4se4", "scan/quamba 99", 9.0, None),
+        ("scan/quamba 99", "float", 9.0, None),
+    ],
+)
+def test_bounds_of_the_table(name: str, reference: str, holds: float, breaks: float | None) -> None:
+    def line(percent: float) -> measure.Line:
+        change = Estimate(percent / 100, (percent - 0.1) / 100, (percent + 0.1) / 100)
+        return f"  {name}", reference, {"perplexity_change": change}
+
+    assert not measure.broken([("float", None, {}), line(holds)])
+    if breaks is not None:
+        (text,) = measure.broken([line(breaks)])
+        assert text.startswith(f"{name}:")
