@@ -169,7 +169,7 @@ def broken(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if change.high < 0 or (clipped and change.low <= 0):
                 what = "not significantly better" if clipped else "significantly worse"
                 found.append(f"{name}: {what} than {reference}")
-        if name == "all/a8se8 mmse pre-softplus" and reference:
+        if name == "all/a8se8 mmse asymmetric pre-softplus" and reference:
             change, more = row["agreement_difference"], row["sqnr_difference"].value
             if reference.endswith(" pre-softplus"):
                 if change.high < 0:

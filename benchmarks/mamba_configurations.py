@@ -2,7 +2,7 @@
 
 Two scopes: ``scan`` changes only what the selective scans take as x, in the recipe quamba; ``all``
 encodes every activation that a layer or a selective scan reads in one form, and gives elementwise
-operators 8 bits: no activation has more than 8, but for one row with 16 there.
+operators 8 bits: no activation has more than 8, but for two rows with 16 there (``+16``).
 """
 
 from __future__ import annotations
@@ -130,33 +130,37 @@ def configurations() -> list[Configuration]:
                 reference=None if form in ("a8", "a4") else reference,
             )
         )
-    found.append(Configuration("all/a8 mmse asymmetric", {"asymmetric": True}, everywhere=integer))
     found.append(
         Configuration(
             "all/a8+16 mmse", everywhere=integer, reference="all/a8 mmse", elementwise_bits=16
         )
     )
-    single = "all/a8 mmse asymmetric pre-softplus"
-    found.append(
-        Configuration(single, {"asymmetric": True}, everywhere=integer, before_softplus=True)
-    )
-    for form in ("a8", "a8se", "a8se8", "a8se6", "a4", "a4se4"):
+    # What elementwise operators read is asymmetric as well.
+    for placement in ("", " pre-softplus"):
+        single = f"all/a8 mmse asymmetric{placement}"
+        lower = ("a8se6", "a4", "a4se4") if placement else ()
+        for form in ("a8", "a8se", "a8se8", *lower):
+            name = f"all/{form} mmse asymmetric{placement}"
+            found.append(
+                Configuration(
+                    name,
+                    {"asymmetric": True},
+                    everywhere=Activation.parse(form),
+                    reference=None if name == single else single,
+                    before_softplus=placement != "",
+                )
+            )
+    for name, bits in (("all/chosen", 8), ("all/chosen+16", 16)):
         found.append(
             Configuration(
-                f"all/{form} mmse pre-softplus",
-                everywhere=Activation.parse(form),
-                reference=single,
-                before_softplus=True,
+                name,
+                {"asymmetric": True},
+                everywhere=integer,
+                reference="all/a8 mmse asymmetric",
+                choose={"forms": "a8,a8se8", "percentiles": "99.9,99.99,100", "samples": 8},
+                elementwise_bits=bits,
             )
         )
-    found.append(
-        Configuration(
-            "all/chosen",
-            everywhere=integer,
-            reference="all/a8 mmse asymmetric",
-            choose={"forms": "a8,a8se8", "percentiles": "99.9,99.99,100", "samples": 8},
-        )
-    )
     return sorted(found, key=lambda entry: (entry.name.split("/")[0], entry.reference or ""))
 
 
