@@ -24,13 +24,13 @@ def row(name: str, reference: str, *, points: float, decibels: float = 0.0) -> d
 @pytest.mark.parametrize(
     "name, reference, holds, breaks",
     [
-        ("scan/quamba 99 pre-softplus x a8se", "scan/...", (1.1, 0.0), (0.9, 9.0)),
-        ("scan/quamba 99.9 pre-softplus x a8se8", "scan/...", (1.1, 0.0), (-9.0, 0.0)),
+        ("scan/quamba 99 pre-softplus x a8se", "scan/...", (-0.9, 1.1), (9.0, 0.9)),
+        ("scan/quamba 99.9 pre-softplus x a8se8", "scan/...", (-0.9, 1.1), (-1.1, 9.0)),
         ("scan/quamba 99 x a8se", "scan/quamba 99", (-0.9, 0.0), (-1.1, 9.0)),
         ("scan/quamba 100 x a8se", "scan/quamba 100", (-0.9, 0.0), (-1.1, 9.0)),
         ("scan/quamba 100 x a4", "scan/quamba 100", (-9.0, -9.0), None),
-        ("all/a8se8 mmse asymmetric pre-softplus", "all/a8 99", (5.1, 4.1), (5.1, 3.9)),
-        ("all/a8se8 mmse asymmetric pre-softplus", "all/a8 99", (5.1, 4.1), (4.9, 4.1)),
+        ("all/a8se8 mmse asymmetric pre-softplus", "all/a8 99", (4.1, 4.1), (4.1, 3.9)),
+        ("all/a8se8 mmse asymmetric pre-softplus", "all/a8 99", (4.1, 4.1), (3.9, 4.1)),
         (
             "all/a8se8 mmse asymmetric pre-softplus",
             "all/a8 mmse asymmetric pre-softplus",
